@@ -1,0 +1,160 @@
+"""The life of each engine: the commands that move it, what it reports back, deadlines, failures, backoff.
+
+Which engine should be awake is not decided here (`switching` does), nor what its requests do (`requests`).
+"""
+
+from __future__ import annotations
+
+from llmuxd.core import commands as c
+from llmuxd.core import events as e
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy
+from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, IllegalEvent, Model, State
+
+
+class Engines:
+    """Moves engines between their states. Writes the engine fields of `Model`."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    # Commands
+
+    def start(self, model: Model, now: float) -> None:
+        op = self._begin(model)
+        model.incarnation = op
+        timeout = model.spec.start_timeout
+        self._enter(model, c.StartEngine, S.STARTING, now, timeout)
+        self._state.out.append(c.StartEngine(model.name, op, timeout))
+
+    def wake(self, model: Model, now: float) -> None:
+        assert model.asleep_by is not None
+        op = self._begin(model)
+        timeout = self._state.settings.wake_timeout
+        self._enter(model, c.WakeEngine, S.WAKING, now, timeout)
+        self._state.out.append(c.WakeEngine(model.name, op, model.asleep_by, timeout))
+
+    def evict(self, model: Model, eviction: EvictionPolicy, mode: c.SleepMode, now: float) -> None:
+        """Free the device: put the engine to sleep, or stop it where the policy or the engine wants that."""
+        if eviction.process is not ProcessStrategy.KEEP_RUNNING or not model.can_sleep:
+            self.stop(model, now)
+            return
+        op = self._begin(model)
+        timeout = self._state.settings.sleep_timeout
+        self._enter(model, c.SleepEngine, S.FALLING_ASLEEP, now, timeout)
+        model.asleep_by = eviction
+        self._state.out.append(c.SleepEngine(model.name, op, eviction, mode, timeout))
+
+    def stop(self, model: Model, now: float, reason: str = "") -> None:
+        """Stop the engine whatever it is doing; a stop under way is given up for a new one."""
+        grace = self._state.settings.stop_grace
+        op = self._begin(model)
+        model.held = self._state.claim(model)
+        self._enter(model, c.StopEngine, S.STOPPING, now, grace, reason)
+        model.asleep_by = None
+        self._state.out.append(c.StopEngine(model.name, op, grace))
+
+    # Events. Each returns whether the event was current; a void one has changed nothing.
+
+    def started(self, event: e.EngineStarted, now: float) -> bool:
+        model = self._current(event.model, event.op)
+        if model is None:
+            return False
+        self._enter(model, e.EngineStarted, S.AWAKE, now)
+        model.can_park, model.can_sleep = event.can_park, event.can_sleep
+        model.idle_since = now
+        return True
+
+    def slept(self, event: e.EngineSlept, now: float) -> bool:
+        model = self._current(event.model, event.op)
+        if model is None:
+            return False
+        self._enter(model, e.EngineSlept, S.ASLEEP, now)
+        return True
+
+    def woke(self, event: e.EngineWoke, now: float) -> bool:
+        model = self._current(event.model, event.op)
+        if model is None:
+            return False
+        self._enter(model, e.EngineWoke, S.AWAKE, now)
+        model.asleep_by = None
+        model.idle_since = now
+        return True
+
+    def stopped(self, event: e.EngineStopped, now: float) -> bool:
+        model = self._current(event.model, event.op)
+        if model is None:
+            return False
+        failed = model.failures > 0 and model.retry_at > now
+        self._enter(
+            model,
+            e.EngineStopped,
+            S.FAILED if failed else S.NOT_STARTED,
+            now,
+            reason=model.last_error if failed else "",
+        )
+        return True
+
+    def died(self, event: e.EngineDied, now: float) -> bool:
+        """A process ended unasked: what is left of the engine is stopped."""
+        model = self._state.models[event.model]
+        if event.incarnation > model.incarnation:
+            raise IllegalEvent(f"{model.name}: incarnation {event.incarnation} was never started")
+        void = event.incarnation < model.incarnation or model.state in WITHOUT_PROCESS
+        if void or model.state is S.STOPPING:
+            return False
+        # One that had served is started again at once; one that dies again and again is not.
+        self.fail(model, event.reason, now, at_once=model.state not in (S.STARTING, S.WAKING))
+        return True
+
+    # Failures
+
+    def fail(self, model: Model, reason: str, now: float, *, at_once: bool = False) -> None:
+        """Note a failure and stop what is left. With `at_once` the first in a row costs no backoff."""
+        settings = self._state.settings
+        model.failures += 1
+        model.last_error = reason
+        exponent = min(model.failures - (2 if at_once else 1), 32)
+        delay = min(settings.backoff_cap, settings.backoff_base * 2.0**exponent) if exponent >= 0 else 0.0
+        model.retry_at = now + delay
+        self.stop(model, now, reason)
+
+    def succeeded(self, model: Model) -> None:
+        """It has answered a request: earlier failures no longer count."""
+        model.failures = 0
+        model.last_error = ""
+
+    def overdue(self, now: float) -> list[Model]:
+        """The models whose transition has not ended by its deadline."""
+        return [
+            model for model in self._state.models.values() if model.deadline is not None and model.deadline <= now
+        ]
+
+    def current(self, event: e.OperationFailed) -> Model | None:
+        """The model whose operation under way failed; None if the report is void."""
+        model = self._current(event.model, event.op)
+        if model is not None and model.state not in IN_TRANSITION:
+            raise IllegalEvent(f"{model.name}: OperationFailed while {model.state.value}")
+        return model
+
+    # Helpers
+
+    def _begin(self, model: Model) -> int:
+        model.op = self._state.next_op()
+        return model.op
+
+    def _current(self, name: str, op: int) -> Model | None:
+        """The model, or None if a later operation has taken the place of `op`."""
+        model = self._state.models[name]
+        if op > model.op:
+            raise IllegalEvent(f"{name}: operation {op} was never begun")
+        return model if op == model.op else None
+
+    def _enter(
+        self, model: Model, trigger: type, to: S, now: float, timeout: float | None = None, reason: str = ""
+    ) -> None:
+        old = model.state
+        margin = self._state.settings.deadline_margin
+        deadline = None if timeout is None else now + timeout + margin
+        spent = model.enter(trigger, to, now, deadline)
+        self._state.out.append(c.EngineChanged(model.name, old, to, spent, reason))

@@ -1,0 +1,177 @@
+"""What the core is told. Each event is a fact that has happened; none asks for anything to be awaited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from llmuxd.core.eviction import EvictionPolicy
+
+
+class FailureKind(str, Enum):
+    """Why an operation on an engine failed, as far as it changes what to do next."""
+
+    DIED = "died"
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+    REFUSED = "refused"
+    """It answered an error."""
+    LIED = "lied"
+    """It answered success and is not in the state that was asked for."""
+    SPAWN = "spawn"
+    """Its command could not be executed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    """A client's request was read and its model resolved. `request` is unique for the life of the daemon."""
+
+    request: int
+    model: str
+    patient: bool = False
+    """No request timeout: the warm-up's own inference waits for a cold start however long it takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """The answer of a forwarded request is complete (`ok`), or it broke off and cannot be retried."""
+
+    request: int
+    ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBounced:
+    """The engine died, or closed the connection, before the first byte of the answer of a forwarded request."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLeft:
+    """The client went away, whether its request was queued, in flight or parked."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted:
+    """The engine of operation `op` answers /health."""
+
+    model: str
+    op: int
+    can_park: bool = True
+    can_sleep: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSlept:
+    model: str
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWoke:
+    model: str
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStopped:
+    """Every process of the engine is gone and what it left behind is removed."""
+
+    model: str
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class OperationFailed:
+    """Start, sleep, wake or stop did not succeed. Whether a process is left is not known."""
+
+    model: str
+    op: int
+    kind: FailureKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDied:
+    """A process of the engine ended unasked. `incarnation` is the `op` of the start that made it."""
+
+    model: str
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSwitch:
+    """Make the model awake, evicting what is in its way. In manual mode it becomes the pinned one."""
+
+    job: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorWake:
+    """Make the model awake, in its turn, through the same switcher as a request."""
+
+    job: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSleep:
+    """Drain the model and put it to sleep, by its own eviction policy or by the one given."""
+
+    job: int
+    model: str
+    eviction: EvictionPolicy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorStop:
+    """Drain the model and stop its engine, whatever state it is in."""
+
+    job: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Manual mode with this model awake; requests for models that would need a switch are refused."""
+
+    job: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetMode:
+    """Auto, or manual. Leaving manual mode drops the pin."""
+
+    manual: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SetEviction:
+    model: str
+    eviction: EvictionPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Refuse new work; what is in flight may finish until `deadline` (clock time); then stop every engine."""
+
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed. Fed when `Switcher.next_deadline` is due, and by the watchdog's probe."""
+
+
+RequestEvent = RequestArrived | RequestFinished | RequestBounced | ClientLeft
+EngineEvent = EngineStarted | EngineSlept | EngineWoke | EngineStopped | OperationFailed | EngineDied
+OperatorEvent = (
+    OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Shutdown
+)
+Event = RequestEvent | EngineEvent | OperatorEvent | Tick

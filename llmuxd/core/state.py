@@ -1,0 +1,231 @@
+"""The state that the core decides on, and the one table of how an engine's state may change.
+
+Everything mutable of the core is in `State`, and each field says who may write it. There are no decisions
+here: `engines`, `requests`, `switching` and `switcher` make them.
+
+An engine is always in exactly one `EngineState`, and `Model.enter` is the only place that changes it; it
+refuses a change that is not in `TRANSITIONS`. The triggers are the commands that the core gives and the
+events that come back, so the table reads as the protocol between the core and an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmuxd.core import commands as c
+from llmuxd.core import events as e
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.core.settings import ModelSpec, Settings
+
+
+class IllegalEvent(Exception):
+    """An event that cannot have happened in this state. Nothing was changed."""
+
+
+TRANSITIONS: Mapping[S, Mapping[type[Any], tuple[S, ...]]] = {
+    S.NOT_STARTED: {c.StartEngine: (S.STARTING,)},
+    S.STARTING: {e.EngineStarted: (S.AWAKE,), c.StopEngine: (S.STOPPING,)},
+    S.AWAKE: {c.SleepEngine: (S.FALLING_ASLEEP,), c.StopEngine: (S.STOPPING,)},
+    S.FALLING_ASLEEP: {e.EngineSlept: (S.ASLEEP,), c.StopEngine: (S.STOPPING,)},
+    S.ASLEEP: {c.WakeEngine: (S.WAKING,), c.StopEngine: (S.STOPPING,)},
+    S.WAKING: {e.EngineWoke: (S.AWAKE,), c.StopEngine: (S.STOPPING,)},
+    S.STOPPING: {e.EngineStopped: (S.NOT_STARTED, S.FAILED), c.StopEngine: (S.STOPPING,)},
+    S.FAILED: {c.StartEngine: (S.STARTING,)},
+}
+"""State -> what happens -> the states that it may lead to."""
+
+IN_TRANSITION = frozenset({S.STARTING, S.FALLING_ASLEEP, S.WAKING, S.STOPPING})
+"""States that end by themselves, and so have a deadline."""
+
+HOLDS_PARKED = frozenset({S.FALLING_ASLEEP, S.ASLEEP, S.WAKING})
+
+WITHOUT_PROCESS = frozenset({S.NOT_STARTED, S.FAILED})
+
+
+@dataclass(slots=True)
+class Request:
+    """One accepted request, from its arrival to its end. Times are clock seconds."""
+
+    id: int
+    model: str
+    arrived: float
+    deadline: float | None
+    """When it is refused if it is still queued."""
+    retried: bool = False
+
+
+@dataclass(slots=True)
+class Model:
+    """A model, its engine's state and its requests."""
+
+    spec: ModelSpec
+    eviction: EvictionPolicy
+    """The policy in force: the config's, or the operator's word."""
+    since: float
+    state: S = S.NOT_STARTED
+    asleep_by: EvictionPolicy | None = None
+    """How the engine was put (or is being put) to sleep; None unless it is falling asleep, asleep or waking."""
+    held: Mapping[str, int] = field(default_factory=dict)
+    """What it held when its stop began: it holds no more than that until it is gone."""
+    op: int = 0
+    """The operation under way, or the last one; what an older one reports is void."""
+    incarnation: int = 0
+    """The operation that started the present process."""
+    deadline: float | None = None
+    """When the transition under way is given up. Never None in a transition."""
+    can_park: bool = False
+    can_sleep: bool = False
+    failures: int = 0
+    """In a row, without an answered request between them."""
+    retry_at: float = 0.0
+    last_error: str = ""
+    suspect_until: float = 0.0
+    """A connection to it broke before an answer: nothing is forwarded until its death is known, or this time."""
+    idle_since: float = 0.0
+    """When its last request ended, or it became awake."""
+    last_switch: tuple[float, float] = (0.0, 0.0)
+    """Begin and end of the last switch that made it awake."""
+    queue: dict[int, Request] = field(default_factory=dict)
+    """Waiting, the next one to forward first."""
+    in_flight: dict[int, Request] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def blocked(self, now: float) -> bool:
+        """Whether a failure is being waited out."""
+        return self.failures > 0 and self.retry_at > now and self.state is not S.AWAKE
+
+    def parked(self) -> bool:
+        """Whether requests are held in the engine, to go on after its next wake."""
+        return bool(self.in_flight) and self.state in HOLDS_PARKED
+
+    def loadable(self, now: float) -> bool:
+        """Whether it could be made awake, room permitting."""
+        return self.state in (S.NOT_STARTED, S.ASLEEP, S.FAILED) and not self.blocked(now)
+
+    def check(self, trigger: type[Any], to: S) -> None:
+        """Raises IllegalEvent if `trigger` may not lead to `to` from here."""
+        if to not in TRANSITIONS[self.state].get(trigger, ()):
+            raise IllegalEvent(f"{self.name}: {trigger.__name__} while {self.state.value}")
+
+    def enter(self, trigger: type[Any], to: S, now: float, deadline: float | None) -> float:
+        """Change the state; returns the seconds spent in the old one."""
+        self.check(trigger, to)
+        spent = now - self.since
+        self.state, self.since, self.deadline = to, now, deadline
+        return spent
+
+
+@dataclass(slots=True)
+class Job:
+    """Something an operator asked for, waiting or under way. Written by `switcher` and `switching`."""
+
+    id: int
+    target: str | None
+    """The model to be made awake, or None: only `victims` are to go."""
+    victims: dict[str, EvictionPolicy] = field(default_factory=dict)
+    forced: bool = False
+    """Without cooldown."""
+    undo_mode: tuple[bool, str | None] | None = None
+    """`manual` and `pinned` as they were before the job changed them, to go back to if it fails."""
+
+
+@dataclass(slots=True)
+class Switch:
+    """The switch under way. Written by `switching` alone."""
+
+    id: int
+    target: str | None
+    victims: dict[str, EvictionPolicy]
+    began: float
+    phase: c.Phase
+    phase_began: float
+    forced: bool = False
+    jobs: list[Job] = field(default_factory=list)
+    made_room: bool = False
+    """The sleepers on its devices were stopped after an out-of-memory error: it is not tried a third time."""
+
+    def gates(self, model: str) -> bool:
+        """Whether nothing may be forwarded to `model`: it is going, and its cooldown is over."""
+        return model in self.victims and self.phase is not c.Phase.COOLDOWN
+
+
+@dataclass(slots=True)
+class State:
+    """All of it. `out` collects the commands of the event being handled."""
+
+    settings: Settings
+    devices: dict[str, int]
+    """Device name -> its capacity, in the units of the placements."""
+    models: dict[str, Model]
+    requests: dict[int, Request] = field(default_factory=dict)
+    """Every accepted request that has not ended. Written by `requests`, as are the next two."""
+    queued: int = 0
+    timeouts: list[tuple[float, int]] = field(default_factory=list)
+    """Heap of (deadline, request); entries of requests that are no longer queued are dropped when they surface."""
+    switch: Switch | None = None
+    jobs: list[Job] = field(default_factory=list)
+    manual: bool = False
+    pinned: str | None = None
+    shutdown_deadline: float | None = None
+    all_stopped: bool = False
+    last_op: int = 0
+    last_switch: int = 0
+    ask_policy_at: float | None = None
+    """When the policy wanted to be asked again."""
+    out: list[c.Command] = field(default_factory=list)
+
+    def next_op(self) -> int:
+        self.last_op += 1
+        return self.last_op
+
+    def is_held(self, model: Model) -> bool:
+        """Whether requests for `model` are served in manual mode: it is awake, pinned, or asked for."""
+        return (
+            model.state is S.AWAKE
+            or model.name == self.pinned
+            or (self.switch is not None and self.switch.target == model.name)
+            or any(job.target == model.name for job in self.jobs)
+        )
+
+    def claim(self, model: Model) -> Mapping[str, int]:
+        """What the engine of `model` holds on each device in its present state."""
+        if model.state in WITHOUT_PROCESS:
+            return {}
+        if model.state is S.ASLEEP:
+            assert model.asleep_by is not None
+            return _left_by(model, model.asleep_by)
+        if model.state is S.STOPPING:
+            return model.held
+        return model.spec.placement.awake
+
+    def used(self) -> dict[str, int]:
+        """Device name -> what all engines hold there."""
+        used = dict.fromkeys(self.devices, 0)
+        for model in self.models.values():
+            for device, amount in self.claim(model).items():
+                used[device] += amount
+        return used
+
+    def fits(self, target: Model, going: Mapping[str, EvictionPolicy]) -> bool:
+        """Whether `target` could be awake once each model in `going` were evicted by the policy given there."""
+        free = dict(self.devices)
+        for model in self.models.values():
+            if model is not target:
+                left = _left_by(model, going[model.name]) if model.name in going else self.claim(model)
+                for device, amount in left.items():
+                    free[device] -= amount
+        return all(amount <= free[device] for device, amount in target.spec.placement.awake.items())
+
+
+def _left_by(model: Model, eviction: EvictionPolicy) -> Mapping[str, int]:
+    """What stays on each device after the model is evicted by `eviction`."""
+    if eviction.process is not ProcessStrategy.KEEP_RUNNING:
+        return {}
+    retains = eviction.weights is WeightStrategy.RETAIN
+    return model.spec.placement.retained if retains else model.spec.placement.asleep

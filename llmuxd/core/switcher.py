@@ -1,0 +1,135 @@
+"""The switcher: `handle(event, now)` takes one event and returns the commands that follow from it.
+
+This is the whole of the core to those outside it. It dispatches events to `requests` and `engines`, carries out
+the operator's, and lets `switching` take the steps that have become possible. Nothing here waits, and nothing
+here knows the time: `now` is passed in, in seconds of a clock that never goes back, and `next_deadline` says when a
+`Tick` is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from llmuxd.core import commands as c
+from llmuxd.core import events as e
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.engines import Engines
+from llmuxd.core.operator import Operator
+from llmuxd.core.policy import Policy
+from llmuxd.core.requests import Requests
+from llmuxd.core.settings import ModelSpec, Settings
+from llmuxd.core.state import Model, State
+from llmuxd.core.switching import Switching
+
+
+class Switcher:
+    """The pure core.
+
+    `devices` maps each device's name to its capacity; each model's placement must fit it.
+    Raises ValueError if one does not.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[ModelSpec],
+        devices: Mapping[str, int],
+        settings: Settings,
+        policy: Policy,
+        now: float,
+    ) -> None:
+        self.state = State(
+            settings, dict(devices), {spec.name: Model(spec, spec.eviction, since=now) for spec in models}
+        )
+        for model in self.state.models.values():
+            for device, amount in model.spec.placement.awake.items():
+                if amount > devices.get(device, 0):
+                    raise ValueError(f"{model.name} does not fit {device}: {amount} > {devices.get(device, 0)}")
+        self._engines = Engines(self.state)
+        self._requests = Requests(self.state, self._engines)
+        self._switching = Switching(self.state, self._engines, self._requests, policy)
+        self._operator = Operator(self.state, self._engines, self._requests, self._switching)
+
+    @property
+    def policy(self) -> Policy:
+        return self._switching.policy
+
+    def handle(self, event: e.Event, now: float) -> list[c.Command]:
+        """Take one event. Raises IllegalEvent, and changes nothing, if it cannot have happened."""
+        self._dispatch(event, now)
+        if self.state.shutdown_deadline is None:
+            self._switching.advance(now)
+        else:
+            self._operator.wind_down(now)
+        commands, self.state.out = self.state.out, []
+        return commands
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When a `Tick` is due if nothing else happens; None if never."""
+        state = self.state
+        due = [self._requests.next_timeout(), state.ask_policy_at]
+        if state.switch is not None and state.switch.phase is c.Phase.COOLDOWN:
+            due.append(self._switching.cooled_at(state.switch))
+        for model in state.models.values():
+            due.append(model.deadline)
+            if model.queue:
+                due.append(model.suspect_until or None)
+            elif model.in_flight and model.state is S.AWAKE:
+                due.append(state.shutdown_deadline)
+            elif state.switch is None and not state.manual:
+                due.append(self._switching.idle_until(model))
+        return min((at for at in due if at is not None and at != float("inf")), default=None)
+
+    def _dispatch(self, event: e.Event, now: float) -> None:
+        if isinstance(event, e.RequestArrived):
+            self._requests.arrived(event, now)
+        elif isinstance(event, e.RequestFinished):
+            self._requests.pump(self._requests.finished(event, now), now)
+        elif isinstance(event, e.RequestBounced):
+            self._requests.pump(self._requests.bounced(event, now), now)
+        elif isinstance(event, e.ClientLeft):
+            self._requests.pump(self._requests.left(event, now), now)
+        elif isinstance(event, e.EngineStarted):
+            self._engines.started(event, now)
+        elif isinstance(event, e.EngineSlept):
+            self._engines.slept(event, now)
+        elif isinstance(event, e.EngineWoke):
+            self._engines.woke(event, now)
+        elif isinstance(event, e.EngineStopped):
+            self._engines.stopped(event, now)
+        elif isinstance(event, e.OperationFailed):
+            self._operation_failed(event, now)
+        elif isinstance(event, e.EngineDied):
+            if self._engines.died(event, now):
+                self._switching.give_up(self.state.models[event.model], event.reason, now)
+        elif isinstance(event, e.Tick):
+            self._tick(now)
+        else:
+            self._operator.dispatch(event, now)
+
+    def _operation_failed(self, event: e.OperationFailed, now: float) -> None:
+        model = self._engines.current(event)
+        if model is None:
+            return
+        if model.state is S.FALLING_ASLEEP:
+            model.last_error = f"sleep failed: {event.reason}"
+            self._engines.stop(model, now, model.last_error)
+        elif model.state is S.STOPPING:
+            # Something survives SIGKILL. It is tried again when the deadline of this attempt is over.
+            model.last_error = event.reason
+        else:
+            self._switching.target_failed(model, event.kind, event.reason, now)
+
+    def _tick(self, now: float) -> None:
+        self._requests.expire(now)
+        for model in self._engines.overdue(now):
+            reason = f"{model.state.value} for {now - model.since:.0f} s, which is too long"
+            if model.state in (S.STARTING, S.WAKING):
+                self._switching.target_failed(model, e.FailureKind.TIMEOUT, reason, now)
+            else:
+                model.last_error = reason
+                self._engines.stop(model, now, reason)
+        for model in self.state.models.values():
+            if model.suspect_until <= now:
+                model.suspect_until = 0.0
+            self._requests.pump(model, now)

@@ -1,0 +1,326 @@
+"""The switch: from one resident set to another, by the phases cooldown, drain, sleep, wake.
+
+At most one switch is under way. It has a target that is to be awake (or none), and victims that have to go to
+make room. `advance` is called after every event and takes each step that has become possible:
+
+1. A switch under way:
+   1.1 cooldown: wait until each victim has been awake for `min_active`, unless the switch is forced.
+   1.2 drain: nothing is forwarded to the victims any more; wait for what they have in flight, or park it.
+   1.3 sleep: evict the victims; wait until the target fits. A sleep that fails or is overdue becomes a stop.
+   1.4 wake: wake or start the target. If that fails its engine is stopped and its queue is refused.
+   In 1.1 and 1.2 a switch whose target nobody waits for any more is cancelled: nothing has happened yet.
+2. Otherwise the next switch begins: what an operator asked for first, then models whose time-to-live is over,
+   then what the policy decides.
+"""
+
+from __future__ import annotations
+
+from llmuxd.core import commands as c
+from llmuxd.core.commands import Phase
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.engines import Engines
+from llmuxd.core.events import FailureKind
+from llmuxd.core.eviction import STOP, EvictionPolicy, ProcessStrategy
+from llmuxd.core.policy import ModelView, Policy, Snapshot, SwitchTo
+from llmuxd.core.requests import Requests
+from llmuxd.core.settings import InFlight
+from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, Job, Model, State, Switch
+
+MIN_POLICY_DELAY_SECS = 0.01
+"""A policy that wants to be asked again at once is asked a little later, so that it cannot spin."""
+
+
+class Switching:
+    """Plans switches and takes their steps. Writes `State.switch`, `jobs` and `ask_policy_at`."""
+
+    def __init__(self, state: State, engines: Engines, requests: Requests, policy: Policy) -> None:
+        self._state = state
+        self._engines = engines
+        self._requests = requests
+        self.policy = policy
+
+    def advance(self, now: float) -> None:
+        """Take every step that is possible now."""
+        steps = {
+            Phase.COOLDOWN: self._cooldown,
+            Phase.DRAIN: self._drain,
+            Phase.SLEEP: self._sleep,
+            Phase.WAKE: self._wake,
+        }
+        while True:
+            switch = self._state.switch
+            moved = self._begin_next(now) if switch is None else steps[switch.phase](switch, now)
+            if not moved:
+                return
+
+    def cooled_at(self, switch: Switch) -> float:
+        """When the cooldown of the switch is over."""
+        if switch.forced:
+            return switch.began
+        min_active = self._state.settings.min_active
+        awake = [m.since for m in self._victims(switch) if m.state is S.AWAKE]
+        return max((since + min_active for since in awake), default=switch.began)
+
+    # 1. The phases
+
+    def _cooldown(self, switch: Switch, now: float) -> bool:
+        if not self._wanted(switch):
+            return self._end(switch, now, cancelled=True)
+        if now < self.cooled_at(switch):
+            return False
+        return self._enter_phase(switch, Phase.DRAIN, now)
+
+    def _drain(self, switch: Switch, now: float) -> bool:
+        if not self._wanted(switch):
+            return self._end(switch, now, cancelled=True)
+        cut = self._state.settings.in_flight is InFlight.CUT
+        busy = [m for m in self._victims(switch) if m.state is S.AWAKE and m.in_flight]
+        held_up = [m for m in busy if not self._may_park(m, switch.victims[m.name])]
+        if held_up and not cut:
+            return False
+        for model in held_up:
+            self._requests.abort_in_flight(model, c.Refusal.ENGINE_DIED, f"{model.name} was switched out")
+        self._enter_phase(switch, Phase.SLEEP, now)
+        for model in self._victims(switch):
+            self._evict(model, switch.victims[model.name], now)
+        return True
+
+    def _sleep(self, switch: Switch, now: float) -> bool:
+        if any(m.state in IN_TRANSITION for m in self._victims(switch)):
+            return False
+        if switch.target is None:
+            return self._end(switch, now)
+        target = self._state.models[switch.target]
+        if not self._state.fits(target, {}):
+            return False
+        return self._enter_phase(switch, Phase.WAKE, now)
+
+    def _wake(self, switch: Switch, now: float) -> bool:
+        assert switch.target is not None
+        target = self._state.models[switch.target]
+        if target.state is S.AWAKE:
+            return self._end(switch, now)
+        if target.state in IN_TRANSITION:
+            return False
+        if target.blocked(now) and not switch.jobs:
+            return self._end(switch, now, error=target.last_error)
+        if target.state is S.ASLEEP:
+            self._engines.wake(target, now)
+        else:
+            self._engines.start(target, now)
+        return False
+
+    # What the engines' failures mean for a switch
+
+    def target_failed(self, model: Model, kind: FailureKind, reason: str, now: float) -> None:
+        """The engine of `model` did not start or wake."""
+        switch = self._state.switch
+        sleepers = [m for m in self._state.models.values() if m.state is S.ASLEEP]
+        if kind is FailureKind.OUT_OF_MEMORY and switch is not None and sleepers and not switch.made_room:
+            # One of the sleepers holds more than it should: make certain room, and try once more.
+            switch.made_room = True
+            model.last_error = reason
+            for sleeper in sleepers:
+                switch.victims[sleeper.name] = STOP
+                self._engines.stop(sleeper, now, f"to make room: {reason}")
+            self._engines.stop(model, now, reason)
+            switch.phase = Phase.SLEEP
+            return
+        self._engines.fail(model, reason, now)
+        self.give_up(model, reason, now)
+
+    def give_up(self, model: Model, reason: str, now: float) -> None:
+        """End the switch to `model`, if there is one, and refuse what waits for it while it is not retried."""
+        self._requests.refuse_objectionable(now)
+        switch = self._state.switch
+        if switch is not None and switch.target == model.name and switch.phase is Phase.WAKE:
+            self._end(switch, now, error=reason)
+
+    def cancel(self, now: float) -> None:
+        """End the switch under way if nothing has been put to sleep for it yet."""
+        switch = self._state.switch
+        if switch is not None and switch.phase in (Phase.COOLDOWN, Phase.DRAIN):
+            self._end(switch, now, cancelled=True)
+
+    def abandon(self, reason: str, now: float) -> None:
+        """End the switch under way wherever it is, and fail everything that an operator waits for."""
+        state = self._state
+        if state.switch is not None:
+            self._end(state.switch, now, error=reason, cancelled=True)
+        for job in state.jobs:
+            self._end_job(job, reason)
+        state.jobs.clear()
+
+    # 2. The next switch
+
+    def _begin_next(self, now: float) -> bool:
+        state = self._state
+        state.ask_policy_at = None
+        if state.jobs:
+            job = state.jobs.pop(0)
+            if self._is_settled(job):
+                self._end_job(job, "")
+                return True
+            return self._begin(job.target, job.victims, now, job)
+        if not state.manual:
+            for model in state.models.values():
+                if self.idle_until(model) <= now:
+                    return self._begin(None, {model.name: model.eviction}, now)
+        target = self._choose(now)
+        return target is not None and self._begin(target, {}, now)
+
+    def idle_until(self, model: Model) -> float:
+        """When the model is put to sleep if no request comes for it; infinity if never."""
+        busy = model.state is not S.AWAKE or model.queue or model.in_flight
+        if model.spec.ttl is None or busy:
+            return float("inf")
+        return model.idle_since + model.spec.ttl
+
+    def _choose(self, now: float) -> str | None:
+        """The model that should be made awake next, by the pin or by the policy."""
+        state = self._state
+        wanted = [m for m in state.models.values() if self._has_demand(m) and m.loadable(now)]
+        if state.manual:
+            wanted = [m for m in wanted if m.name == state.pinned]
+            return wanted[0].name if wanted else None
+        if not wanted:
+            return None
+        decision = self.policy.decide(self._snapshot(now))
+        if isinstance(decision, SwitchTo):
+            if all(m.name != decision.model for m in wanted):
+                raise ValueError(f"policy {self.policy.name} chose {decision.model!r}, which is not loadable")
+            return decision.model
+        if decision.until is not None:
+            state.ask_policy_at = max(decision.until, now + MIN_POLICY_DELAY_SECS)
+        return None
+
+    def _snapshot(self, now: float) -> Snapshot:
+        views = []
+        for model in self._state.models.values():
+            oldest = min((r.arrived for r in model.queue.values()), default=None)
+            if model.parked():
+                oldest = model.since if oldest is None else min(oldest, model.since)
+            view = ModelView(
+                name=model.name,
+                awake=model.state is S.AWAKE,
+                loadable=model.loadable(now),
+                queued=len(model.queue),
+                oldest_arrival=oldest,
+                in_flight=len(model.in_flight),
+                since=model.since,
+            )
+            views.append(view)
+        return Snapshot(now, tuple(views))
+
+    def _begin(
+        self, target: str | None, victims: dict[str, EvictionPolicy], now: float, job: Job | None = None
+    ) -> bool:
+        state = self._state
+        forced = job is not None and job.forced
+        if target is not None:
+            victims = self._make_room(state.models[target])
+        state.last_switch += 1
+        switch = Switch(state.last_switch, target, dict(victims), now, Phase.COOLDOWN, now, forced)
+        switch.jobs = [job] if job is not None else []
+        state.switch = switch
+        state.out.append(c.SwitchBegan(switch.id, target, tuple(victims)))
+        return True
+
+    def _make_room(self, target: Model) -> dict[str, EvictionPolicy]:
+        """Which models have to go, and how, for `target` to fit: as few, as idle and as gently as possible."""
+        state = self._state
+        others = [m for m in state.models.values() if m is not target and m.name != state.pinned]
+        awake = [m for m in others if m.state is S.AWAKE]
+        awake.sort(key=lambda m: (bool(m.in_flight or m.queue), m.idle_since))
+        tiers = [(m, m.eviction) for m in awake]
+        tiers += [(m, STOP) for m in others if m.state is S.ASLEEP and any(state.claim(m).values())]
+        tiers += [(m, STOP) for m in awake]
+        stopping = {m.name: STOP for m in others if m.state is S.STOPPING}
+        going: dict[str, EvictionPolicy] = {}
+        for model, eviction in tiers:
+            if state.fits(target, {**stopping, **going}):
+                break
+            going[model.name] = eviction
+        for name in list(going):
+            without = {n: p for n, p in going.items() if n != name}
+            if state.fits(target, {**stopping, **without}):
+                going = without
+        return going
+
+    # Helpers
+
+    def _victims(self, switch: Switch) -> list[Model]:
+        return [self._state.models[name] for name in switch.victims]
+
+    def _is_settled(self, job: Job) -> bool:
+        """Whether the job's goal is reached already."""
+        models = self._state.models
+        if job.target is not None:
+            return models[job.target].state is S.AWAKE
+        return all(
+            models[name].state in WITHOUT_PROCESS
+            or (models[name].state is S.ASLEEP and eviction.process is ProcessStrategy.KEEP_RUNNING)
+            for name, eviction in job.victims.items()
+        )
+
+    def _has_demand(self, model: Model) -> bool:
+        return bool(model.queue) or model.parked()
+
+    def _wanted(self, switch: Switch) -> bool:
+        if switch.target is None or switch.jobs:
+            return True
+        return self._has_demand(self._state.models[switch.target])
+
+    def _may_park(self, model: Model, eviction: EvictionPolicy) -> bool:
+        parks = self._state.settings.in_flight is not InFlight.DRAIN
+        keeps = eviction.process is ProcessStrategy.KEEP_RUNNING and model.can_sleep
+        return parks and keeps and model.can_park
+
+    def _evict(self, model: Model, eviction: EvictionPolicy, now: float) -> None:
+        if model.state is S.AWAKE:
+            mode = c.SleepMode.KEEP if model.in_flight else c.SleepMode.WAIT
+            self._engines.evict(model, eviction, mode, now)
+        elif model.state is S.ASLEEP and eviction.process is not ProcessStrategy.KEEP_RUNNING:
+            self._engines.stop(model, now)
+
+    def _enter_phase(self, switch: Switch, phase: Phase, now: float) -> bool:
+        self._note_phase(switch, now)
+        switch.phase, switch.phase_began = phase, now
+        return True
+
+    def _note_phase(self, switch: Switch, now: float) -> None:
+        seconds = now - switch.phase_began
+        self._state.out.append(c.SwitchPhaseEnded(switch.id, switch.target, switch.phase, seconds))
+
+    def _end(self, switch: Switch, now: float, error: str = "", cancelled: bool = False) -> bool:
+        """The switch is over: tell, and let through what waited for it. Always True."""
+        state = self._state
+        self._note_phase(switch, now)
+        state.switch = None
+        victims = tuple(switch.victims)
+        seconds = now - switch.began
+        state.out.append(c.SwitchEnded(switch.id, switch.target, victims, seconds, error, cancelled))
+        if switch.target is not None and not error and not cancelled:
+            state.models[switch.target].last_switch = (switch.began, now)
+        for job in switch.jobs:
+            self._end_job(job, error)
+        for name in (switch.target, *victims):
+            if name is not None:
+                self._requests.pump(state.models[name], now)
+        return True
+
+    def _end_job(self, job: Job, error: str) -> None:
+        state = self._state
+        if error:
+            if job.undo_mode is not None and state.pinned == job.target:
+                state.manual, state.pinned = job.undo_mode
+            state.out.append(c.JobFailed(job.id, error))
+            return
+        went = ", ".join(f"{n} {_outcome(state.models[n])}" for n in job.victims)
+        state.out.append(c.JobDone(job.id, f"{job.target} is awake" if job.target is not None else went))
+
+
+def _outcome(model: Model) -> str:
+    if model.state is S.ASLEEP:
+        return f"is asleep ({model.asleep_by})"
+    return "is stopped" if model.state in WITHOUT_PROCESS else f"is {model.state.value}"

@@ -1,0 +1,175 @@
+"""The daemon: folders, listeners, signals, the order of starting and stopping. Everything else is the `App`'s."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import sdnotify
+from aiohttp import web
+
+from llmuxd.app import App, build_app, run_warmup
+from llmuxd.config import Config
+from llmuxd.control import serve_control
+from llmuxd.control.api import ControlFailed
+from llmuxd.proxy import serve_proxy
+
+log = logging.getLogger("llmuxd")
+
+_T = TypeVar("_T")
+
+LOCK_NAME = "llmuxd.lock"
+
+
+class CannotServe(Exception):
+    """The daemon cannot run here; the message says why and what to do."""
+
+
+async def serve(config: Config, on_ready: Callable[[App, int], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT. `on_ready` gets the stack and the port once it listens.
+
+    Raises CannotServe if a folder, socket or port is not to be had, or another daemon runs here.
+    """
+    loop = asyncio.get_running_loop()
+    notifier = sdnotify.SystemdNotifier()
+    signals = _Signals()
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_folders(config))
+        stack.enter_context(signals.caught(loop))
+        app = build_app(config)
+        # Registered first, so that it comes last: the sockets answer until every engine is gone.
+        control = await _listen(serve_control(app.control, config.control_socket), str(config.control_socket))
+        stack.push_async_callback(control)
+        shutdown = asyncio.create_task(_shut_down_when_asked(app, config, signals, notifier))
+        stack.push_async_callback(_finish, shutdown, signals)
+        if config.warmup and not await _warm_up(app, signals):
+            return
+        if app.metrics is not None:
+            stack.push_async_callback(await _serve_metrics(app.metrics, config))
+        where = f"{config.listen}:{config.port}"
+        site = await _listen(serve_proxy(app.proxy, config.listen, config.port), where)
+        stack.push_async_callback(site.close)
+        log.info("serving %d models on http://%s:%d", len(config.models), config.listen, site.port)
+        notifier.notify("READY=1")
+        if on_ready is not None:
+            on_ready(app, site.port)
+        await shutdown
+    log.info("stopped")
+
+
+class _Signals:
+    """Counts the requests to stop."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+
+    def stop(self) -> None:
+        (self.hurried if self.asked.is_set() else self.asked).set()
+
+    def _hang_up(self) -> None:
+        # A daemon that was started by hand goes with its terminal; a service is not reloaded by this yet.
+        if sys.stderr.isatty():
+            self.stop()
+        else:
+            log.warning("SIGHUP: the config is read at start only; restart to apply a change")
+
+    @contextmanager
+    def caught(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        handlers = {signal.SIGTERM: self.stop, signal.SIGINT: self.stop, signal.SIGHUP: self._hang_up}
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            yield
+        finally:
+            for number in handlers:
+                loop.remove_signal_handler(number)
+
+
+async def _shut_down_when_asked(
+    app: App, config: Config, signals: _Signals, notifier: sdnotify.SystemdNotifier
+) -> None:
+    await signals.asked.wait()
+    notifier.notify("STOPPING=1")
+    log.info("stopping: finishing what is in flight for at most %g s", config.shutdown_timeout_secs)
+    closing = asyncio.create_task(app.close(config.shutdown_timeout_secs))
+    hurry = asyncio.create_task(signals.hurried.wait())
+    await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
+    if not closing.done():
+        log.warning("asked again: stopping at once")
+        await app.close(0.0)
+    hurry.cancel()
+    await closing
+
+
+async def _finish(shutdown: asyncio.Task[None], signals: _Signals) -> None:
+    """Whatever ends the serving, the engines are stopped before it is over."""
+    signals.asked.set()
+    await shutdown
+
+
+async def _warm_up(app: App, signals: _Signals) -> bool:
+    """Warm every model; False if asked to stop meanwhile. A model that fails does not keep the others from serving."""
+    warming = asyncio.create_task(run_warmup(app))
+    asked = asyncio.create_task(signals.asked.wait())
+    await asyncio.wait([warming, asked], return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    try:
+        await warming
+    except ControlFailed as failed:
+        log.error("warm-up failed for %s", failed)
+    return not signals.asked.is_set()
+
+
+async def _serve_metrics(app: web.Application, config: Config) -> Callable[[], Awaitable[None]]:
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, config.listen, config.metrics_port)
+    await _listen(site.start(), f"{config.listen}:{config.metrics_port} (metrics_port)")
+    return runner.cleanup
+
+
+async def _listen(listening: Awaitable[_T], where: str) -> _T:
+    try:
+        return await listening
+    except OSError as error:
+        raise CannotServe(f"cannot listen on {where}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _folders(config: Config) -> Iterator[None]:
+    """Make the runtime and state folders, and hold the lock that keeps a second daemon out of them."""
+    for folder in (config.runtime_dir, config.state_dir):
+        try:
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotServe(
+                f"cannot make the folder {folder}: {error.strerror}; run as a user who may, or set "
+                "LLMUX_RUNTIME_DIR and LLMUX_STATE_DIR to folders of your own"
+            ) from error
+    with _lock(config.runtime_dir / LOCK_NAME):
+        yield
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CannotServe(f"cannot write {path}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CannotServe(f"another llmuxd runs with {path.parent}") from None
+        yield
+    finally:
+        os.close(descriptor)

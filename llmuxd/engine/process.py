@@ -1,0 +1,213 @@
+"""One started engine as processes: spawn it, know all of it, kill all of it.
+
+When to do so, and what the engine answers, is not here. The leader is not reaped before everything is gone: as
+long as it is in the books, its pid, session and group can be nobody else's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from llmuxd.core.events import FailureKind
+from llmuxd.engine import proctable, shm
+from llmuxd.engine.errors import EngineError
+from llmuxd.engine.proctable import Proc
+from llmuxd.engine.spec import TOKEN_ENV
+
+KILL_SECS = 20.0
+"""How long a killed process may take to be gone; one that waits for a device cannot be ended sooner."""
+
+_POLL_SECS = 0.01
+_VITAL = re.compile(r"VLLM::|EngineCore")
+_UMASK = 0o027
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What is known of one process of the engine. Without a vital one the engine cannot go on."""
+
+    title: str
+    vital: bool
+
+
+class EngineProcess:
+    """A process started by `spawn`, and all that descends from it. Safe to use from several threads."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], token: str, log_start: int) -> None:
+        stat = proctable.read_stat(popen.pid)
+        assert stat is not None, "a child that was not waited for is in the process table"
+        self.leader = stat.proc
+        self.create_time: float = psutil.Process(popen.pid).create_time()
+        self.log_start = log_start
+        """Where in the log file this engine's output begins."""
+        self._popen = popen
+        self._mark = f"{TOKEN_ENV}={token}\0".encode()
+        self._members: dict[Proc, Member] = {}
+        self._shm: set[shm.FileId] = set()
+        self._shm_before: frozenset[shm.FileId] = frozenset()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def spawn(cls, argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> EngineProcess:
+        """Start `argv` in a session of its own, its output appended to the log.
+
+        It keeps the working folder of the daemon, which relative paths in the config are relative to.
+        Raises OSError if it cannot be executed.
+        """
+        token = secrets.token_hex(16)
+        shm_before = shm.existing()
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            log_start = os.fstat(log).st_size
+            popen = subprocess.Popen(
+                argv,
+                env={**env, TOKEN_ENV: token},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                close_fds=True,
+                start_new_session=True,
+                umask=_UMASK,
+            )
+        finally:
+            os.close(log)
+        process = cls(popen, token, log_start)
+        process._shm_before = shm_before
+        return process
+
+    @property
+    def pid(self) -> int:
+        return self.leader.pid
+
+    def ended(self) -> str | None:
+        """How the leader ended, as the end of a sentence; None while it runs. Does not reap it."""
+        try:
+            status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return "is gone"
+        if status is None:
+            return None
+        if status.si_code == os.CLD_EXITED:
+            return f"exited with code {status.si_status}"
+        return f"was killed by signal {status.si_status} ({_signal_name(status.si_status)})"
+
+    def members(self) -> dict[Proc, Member]:
+        """The processes found by the last `refresh`, those that have ended since included."""
+        with self._lock:
+            return dict(self._members)
+
+    def forget(self, proc: Proc) -> None:
+        """Take a process that has ended out of the books."""
+        with self._lock:
+            self._members.pop(proc, None)
+
+    def refresh(self, thorough: bool = False) -> list[Proc]:
+        """Look for the engine's processes; returns those alive. Reads all of /proc: call it from a thread.
+
+        `thorough` also finds those that left the session and lost their parent before they were ever seen.
+        """
+        with self._lock:
+            found = proctable.members(self.leader, self._members.keys(), self._mark if thorough else b"")
+            alive = {proc: stat for proc, stat in found.items() if stat.alive}
+            titles = {proc.pid: proctable.title(proc.pid) for proc in alive}
+            for proc, stat in alive.items():
+                title = titles[proc.pid]
+                # A fork bears its parent's title until it executes something: it is not vital for that.
+                vital = proc != self.leader and bool(_VITAL.search(title)) and title != titles.get(stat.parent)
+                self._members[proc] = Member(title, vital)
+            return list(alive)
+
+    def note_shared_memory(self) -> None:
+        """Remember which files in /dev/shm the engine uses, for the time when nobody is left to ask."""
+        used = shm.in_use_by(self.refresh(thorough=True)) - self._shm_before
+        with self._lock:
+            self._shm |= used
+
+    def terminate(self) -> None:
+        """Ask the leader to end. Its children are its own to end: some of them end at once if asked."""
+        _send(self.leader, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill every process of the engine, see that each is gone, and reap the leader. Blocks; idempotent.
+
+        Raises EngineError if one of them survives SIGKILL for `KILL_SECS`.
+        """
+        deadline = time.monotonic() + KILL_SECS
+        while self._popen.returncode is None:
+            alive = self.refresh(thorough=True)
+            if not alive:
+                break
+            if time.monotonic() > deadline:
+                members = self.members()
+                names = ", ".join(f"{proc.pid} ({members[proc].title[:60]})" for proc in alive)
+                raise EngineError(
+                    FailureKind.TIMEOUT, f"still there {KILL_SECS:g} s after SIGKILL: process {names}"
+                )
+            for proc in alive:
+                _send(proc, signal.SIGKILL)
+            _wait_gone(alive, min(deadline, time.monotonic() + 1.0))
+        self._popen.wait()
+        self._reap_adopted()
+
+    def remove_shared_memory(self) -> list[str]:
+        """Remove what the killed engine left in /dev/shm; returns the paths."""
+        return shm.remove_leftovers(self._shm)
+
+    def _reap_adopted(self) -> None:
+        # Where the daemon is process 1 of a container, or a subreaper, orphans of the engine are its children.
+        for proc in self.members():
+            if proc != self.leader:
+                try:
+                    os.waitpid(proc.pid, os.WNOHANG)
+                except ChildProcessError:
+                    pass
+
+
+def _wait_gone(procs: Sequence[Proc], until: float) -> None:
+    while any(proctable.is_alive(proc) for proc in procs) and time.monotonic() < until:
+        time.sleep(_POLL_SECS)
+
+
+def _send(proc: Proc, number: signal.Signals) -> None:
+    """Signal this very process: a pidfd, checked after it was opened, cannot come to mean another one."""
+    try:
+        fd = os.pidfd_open(proc.pid)
+    except ProcessLookupError:
+        return
+    except OSError:
+        if proctable.is_alive(proc):
+            _quietly_kill(proc.pid, number)
+        return
+    try:
+        if proctable.is_alive(proc):
+            signal.pidfd_send_signal(fd, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+    finally:
+        os.close(fd)
+
+
+def _quietly_kill(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

@@ -1,0 +1,112 @@
+"""Who is running, and which of them descend from an engine. Reads /proc, changes nothing.
+
+A process is known by its pid and the time of its start, so that a pid that was given out again is never taken for the
+process that had it. psutil's tree is not enough here: it loses the children of a parent that died. One read of
+/proc/PID/stat gives parent, session, group and start of the same process at the same instant.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+PROC = "/proc"
+_GONE = "ZX"
+
+
+@dataclass(frozen=True, slots=True)
+class Proc:
+    """The identity of a process. `start_ticks` are clock ticks since boot, which no change of the clock moves."""
+
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """One process at one instant."""
+
+    proc: Proc
+    parent: int
+    group: int
+    session: int
+    state: str
+
+    @property
+    def alive(self) -> bool:
+        """Not ended: a zombie is an entry in its parent's books, it holds nothing any more."""
+        return self.state not in _GONE
+
+
+def read_stat(pid: int) -> Stat | None:
+    """The process that has this pid now, a zombie included."""
+    try:
+        with open(f"{PROC}/{pid}/stat", "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    # The name, in parentheses, may hold spaces and parentheses of its own.
+    fields = data[data.rindex(b")") + 2 :].split()
+    return Stat(
+        proc=Proc(pid, int(fields[19])),
+        parent=int(fields[1]),
+        group=int(fields[2]),
+        session=int(fields[3]),
+        state=fields[0].decode(),
+    )
+
+
+def is_alive(proc: Proc) -> bool:
+    """Whether this very process still runs."""
+    stat = read_stat(proc.pid)
+    return stat is not None and stat.proc == proc and stat.alive
+
+
+def snapshot() -> dict[int, Stat]:
+    """Every process of the machine, by pid."""
+    table = {}
+    for name in os.listdir(PROC):
+        if name.isdigit() and (stat := read_stat(int(name))) is not None:
+            table[stat.proc.pid] = stat
+    return table
+
+
+def title(pid: int) -> str:
+    """The command line as the process shows it; processes of vLLM rewrite it to their role."""
+    return _read(f"{PROC}/{pid}/cmdline").replace(b"\0", b" ").decode("utf-8", "replace").strip()
+
+
+def members(leader: Proc, known: Collection[Proc], mark: bytes = b"") -> dict[Proc, Stat]:
+    """The processes of an engine, zombies included.
+
+    Its are: the leader, those in the leader's session or group, those known from before, those with `mark` in their
+    environment (not looked for if empty), and all descendants of any of these. The leader must not have been reaped:
+    until it is, the kernel gives its pid to no other process, session or group.
+    """
+    table = snapshot()
+    ours: dict[int, Stat] = {}
+    for pid, stat in table.items():
+        in_session = leader.pid in (pid, stat.session, stat.group)
+        if in_session or stat.proc in known or (mark and mark in _read(f"{PROC}/{pid}/environ")):
+            ours[pid] = stat
+    children: dict[int, list[Stat]] = {}
+    for stat in table.values():
+        children.setdefault(stat.parent, []).append(stat)
+    unvisited = list(ours.values())
+    while unvisited:
+        parent = unvisited.pop()
+        for child in children.get(parent.proc.pid, ()):
+            # A child older than its parent is somebody else's: the pid of its real parent was given out again.
+            if child.proc.pid not in ours and child.proc.start_ticks >= parent.proc.start_ticks:
+                ours[child.proc.pid] = child
+                unvisited.append(child)
+    return {stat.proc: stat for stat in ours.values()}
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""

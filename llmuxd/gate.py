@@ -1,0 +1,156 @@
+"""The gate between the proxy and the core: a ticket for each request, from its submission to its one end.
+
+The proxy awaits a ticket and reports what becomes of it; the runtime tells the gate what the core commands. No
+decision is made here: submitting, retrying, finishing and leaving are events, and the core's answer to each of them
+comes back before the call returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from llmuxd.core import commands as c
+from llmuxd.core import events as e
+from llmuxd.engine import Endpoint
+
+STATUS_OF: Mapping[c.Refusal, tuple[int, str]] = {
+    c.Refusal.QUEUE_FULL: (429, "rate_limit_error"),
+    c.Refusal.SHUTTING_DOWN: (503, "service_unavailable_error"),
+    c.Refusal.CANNOT_LOAD: (503, "service_unavailable_error"),
+    c.Refusal.PINNED: (503, "service_unavailable_error"),
+    c.Refusal.TIMED_OUT: (504, "timeout_error"),
+    c.Refusal.ENGINE_DIED: (502, "server_error"),
+}
+"""Refusal -> HTTP status and the `type` of OpenAI's error object; its `code` is the refusal's name."""
+
+
+class Refused(Exception):
+    """A request is not served. `retry_after` is in seconds, None where waiting would not help."""
+
+    def __init__(
+        self, status: int, code: str, type: str, message: str, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.type = type
+        self.message = message
+        self.retry_after = retry_after
+
+    @classmethod
+    def by(cls, refusal: c.Refusal, message: str, retry_after: float | None = None) -> Refused:
+        """From the core's words."""
+        status, kind = STATUS_OF[refusal]
+        return cls(status, refusal.value, kind, message, retry_after)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Permission to forward a request now. Durations in seconds."""
+
+    endpoint: Endpoint
+    model: str
+    queue_secs: float
+    switch_secs: float
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A name that clients may use."""
+
+    id: str
+    model: str
+    root: str
+
+
+class Ticket:
+    """One request's place. Ends by `finish` or `left`, once; or by `admitted` raising Refused; or by `on_abort`."""
+
+    def __init__(self, gate: Gate, id_: int, model: str) -> None:
+        self._gate = gate
+        self.id = id_
+        self.model = model
+        self.on_abort: Callable[[Refused], None] | None = None
+        self._grant: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+
+    async def admitted(self) -> Grant:
+        """Wait until the request may be forwarded. Raises Refused, and then the ticket has ended."""
+        return await asyncio.shield(self._grant)
+
+    def retry(self) -> None:
+        """The engine went away before the first byte of its answer. Await `admitted` again: it says what follows."""
+        if self._gate.holds(self):
+            self._grant = asyncio.get_running_loop().create_future()
+            self._gate.post(e.RequestBounced(self.id))
+
+    def finish(self, ok: bool) -> None:
+        """The answer is complete, or (`ok` false) broke off."""
+        if self._gate.drop(self):
+            self._gate.post(e.RequestFinished(self.id, ok))
+
+    def left(self) -> None:
+        """The client went away."""
+        if self._gate.drop(self):
+            self._gate.post(e.ClientLeft(self.id))
+
+    def grant(self, grant: Grant) -> None:
+        """Called by the gate: the request may be forwarded."""
+        self._grant.set_result(grant)
+
+    def refuse(self, refused: Refused) -> None:
+        """Called by the gate: the request ends without an answer of its engine."""
+        if not self._grant.done():
+            self._grant.set_exception(refused)
+            self._grant.exception()  # Marked as seen: the client may have gone before it is awaited.
+        elif self.on_abort is not None:
+            self.on_abort(refused)
+
+
+class Gate:
+    """Hands out tickets. `post` feeds an event to the core and returns when its commands have been begun."""
+
+    def __init__(
+        self,
+        post: Callable[[e.Event], None],
+        served: Callable[[], list[ServedModel]],
+        health: Callable[[], tuple[bool, str]],
+    ) -> None:
+        self.post = post
+        self.served_names = served
+        self.healthy = health
+        self._tickets: dict[int, Ticket] = {}
+        self._ids = itertools.count(1)
+
+    def resolve(self, name: str) -> str | None:
+        """The configured model that a client's name stands for; None if there is none."""
+        return next((served.model for served in self.served_names() if served.id == name), None)
+
+    def submit(self, model: str, *, patient: bool = False) -> Ticket:
+        """Accept a request for a configured model. The ticket's `admitted` says what becomes of it."""
+        ticket = Ticket(self, next(self._ids), model)
+        self._tickets[ticket.id] = ticket
+        self.post(e.RequestArrived(ticket.id, model, patient))
+        return ticket
+
+    def holds(self, ticket: Ticket) -> bool:
+        """Whether the ticket has not ended."""
+        return ticket.id in self._tickets
+
+    def drop(self, ticket: Ticket) -> bool:
+        """End a ticket; False if it had ended before."""
+        return self._tickets.pop(ticket.id, None) is not None
+
+    # The core's commands
+
+    def forward(self, command: c.Forward, endpoint: Endpoint) -> None:
+        grant = Grant(endpoint, command.model, command.queue_secs, command.switch_secs)
+        self._tickets[command.request].grant(grant)
+
+    def end(self, command: c.Refuse | c.Abort) -> None:
+        """Refuse a request, or break it off."""
+        retry_after = command.retry_after if isinstance(command, c.Refuse) else None
+        ticket = self._tickets.pop(command.request)
+        ticket.refuse(Refused.by(command.refusal, command.message, retry_after))

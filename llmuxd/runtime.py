@@ -1,0 +1,276 @@
+"""The imperative shell around the core: feeds it events, carries out its commands, keeps its clock.
+
+`Runtime.post` is the single writer. It hands one event after the other to the core and begins the commands that
+come back; nothing in it awaits. What takes time runs as a task, one per engine, and comes back as an event. What to
+do is never decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmuxd.core import commands as c
+from llmuxd.core import events as e
+from llmuxd.core.policy import POLICIES
+from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
+from llmuxd.core.state import IllegalEvent
+from llmuxd.core.switcher import Switcher
+from llmuxd.config import Config
+from llmuxd.engine import Engine, EngineError, engine_spec
+from llmuxd.gate import Gate, ServedModel
+from llmuxd.metrics import Metrics
+
+log = logging.getLogger("llmuxd")
+
+DEVICE = "gpu0"
+"""Until models are placed by memory there is one device, with room for one model."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How an operator's job ended."""
+
+    ok: bool
+    message: str
+    allowed: bool = True
+
+
+def build_switcher(config: Config, now: float) -> Switcher:
+    """The core, as the config wants it."""
+    policy = config.policy
+    models = [
+        ModelSpec(
+            name=model.name,
+            eviction=model.eviction,
+            placement=Placement(awake={DEVICE: 1}),
+            start_timeout=model.start_timeout_secs,
+            max_in_flight=model.max_in_flight,
+            max_queue=model.max_queue,
+            ttl=model.ttl_secs,
+        )
+        for model in config.models.values()
+    ]
+    settings = Settings(
+        request_timeout=policy.request_timeout_secs,
+        in_flight=InFlight.DRAIN if policy.drain_before_switch else InFlight.CUT,
+        min_active=policy.min_active_secs,
+        sleep_timeout=config.sleep_timeout_secs,
+        wake_timeout=config.wake_timeout_secs,
+        stop_grace=config.stop_timeout_secs,
+        max_queue=config.max_queue,
+    )
+    build_policy = POLICIES.get(policy.policy_type, POLICIES["fifo"])
+    return Switcher(models, {DEVICE: 1}, settings, build_policy(), now)
+
+
+class Runtime:
+    """Runs one switcher over its engines. All methods are called in the event loop that it was made in."""
+
+    def __init__(
+        self, config: Config, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.switcher = build_switcher(config, clock())
+        self.metrics = metrics or Metrics()
+        self._served = [
+            ServedModel(name, model.name, model.model_path)
+            for model in config.models.values()
+            for name in (model.name, *model.aliases)
+        ]
+        self.gate = Gate(self.post, lambda: self._served, self.health)
+        self.engines: Mapping[str, Engine] = {
+            name: Engine(engine_spec(config, model), self._death_of(name))
+            for name, model in config.models.items()
+        }
+        for name in config.models:
+            self.metrics.add_model(name)
+        self.watchers: list[Callable[[c.Notice], None]] = [self.metrics.notice]
+        self.all_stopped = asyncio.Event()
+        self._events: deque[e.Event] = deque()
+        self._posting = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+        self._operations: dict[str, asyncio.Task[None]] = {}
+        self._jobs: dict[int, asyncio.Future[JobResult]] = {}
+        self._last_job = 0
+
+    # The single writer
+
+    def post(self, event: e.Event) -> None:
+        """Feed an event to the core, and begin what it commands before returning.
+
+        Called from within a command's own beginning, it queues the event and returns at once.
+        """
+        self._events.append(event)
+        if self._posting:
+            return
+        self._posting = True
+        try:
+            while self._events:
+                self._handle(self._events.popleft())
+        finally:
+            self._posting = False
+        self._arm()
+
+    def _handle(self, event: e.Event) -> None:
+        try:
+            commands = self.switcher.handle(event, self.clock())
+        except IllegalEvent as illegal:
+            log.error("event refused by the core: %s", illegal)
+            return
+        for command in commands:
+            self._begin(command)
+
+    def _begin(self, command: c.Command) -> None:
+        if isinstance(command, c.Forward):
+            self.metrics.queue_wait.labels(command.model).observe(command.queue_secs)
+            self.gate.forward(command, self.engines[command.model].endpoint)
+        elif isinstance(command, (c.Refuse, c.Abort)):
+            self.gate.end(command)
+        elif isinstance(command, (c.StartEngine, c.SleepEngine, c.WakeEngine, c.StopEngine)):
+            self._operate(command)
+        elif isinstance(command, c.JobDone):
+            self._jobs.pop(command.job).set_result(JobResult(True, command.message))
+        elif isinstance(command, c.JobFailed):
+            self._jobs.pop(command.job).set_result(JobResult(False, command.reason, command.allowed))
+        elif isinstance(command, c.AllStopped):
+            self.all_stopped.set()
+        else:
+            _log_notice(command)
+            for watch in self.watchers:
+                watch(command)
+
+    # Time
+
+    def _arm(self) -> None:
+        """Have a Tick fed when the core's next deadline is due."""
+        due = self.switcher.next_deadline
+        if due == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = due
+        if due is None:
+            self._timer = None
+            return
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(0.0, due - self.clock()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = self._timer_at = None
+        self.post(e.Tick())
+
+    # Engines
+
+    def _operate(self, command: c.EngineCommand) -> None:
+        """Run an engine command as the engine's one task; a stop takes the place of what is under way."""
+        engine = self.engines[command.model]
+        name, op = command.model, command.op
+        action: Callable[[], Coroutine[Any, Any, e.EngineEvent]]
+
+        if isinstance(command, c.StartEngine):
+
+            async def action() -> e.EngineEvent:
+                info = await engine.start(op, command.timeout)
+                return e.EngineStarted(name, op, info.can_park, info.can_sleep)
+
+        elif isinstance(command, c.SleepEngine):
+
+            async def action() -> e.EngineEvent:
+                await engine.sleep(command.eviction, command.mode.value, command.timeout)
+                return e.EngineSlept(name, op)
+
+        elif isinstance(command, c.WakeEngine):
+
+            async def action() -> e.EngineEvent:
+                await engine.wake(command.eviction, command.timeout)
+                return e.EngineWoke(name, op)
+
+        else:
+
+            async def action() -> e.EngineEvent:
+                await engine.stop(command.grace)
+                return e.EngineStopped(name, op)
+
+        before = self._operations.get(name)
+        self._operations[name] = asyncio.create_task(
+            self._run(name, op, action, before), name=f"{type(command).__name__} {name}"
+        )
+
+    async def _run(
+        self,
+        model: str,
+        op: int,
+        action: Callable[[], Awaitable[e.EngineEvent]],
+        before: asyncio.Task[None] | None,
+    ) -> None:
+        if before is not None and not before.done():
+            before.cancel()
+            await asyncio.wait([before])
+        try:
+            event = await action()
+        except EngineError as error:
+            event = e.OperationFailed(model, op, error.kind, error.reason)
+        except Exception as error:
+            log.exception("an operation on the engine of %s broke", model)
+            event = e.OperationFailed(model, op, e.FailureKind.REFUSED, f"internal error: {error!r}")
+        self.post(event)
+
+    def _death_of(self, model: str) -> Callable[[int, str], None]:
+        return lambda incarnation, reason: self.post(e.EngineDied(model, incarnation, reason))
+
+    # Operators
+
+    def begin_job(self, build: Callable[[int], e.OperatorEvent]) -> asyncio.Future[JobResult]:
+        """Post the operator's event that `build` makes of a job number; the future tells how it ends."""
+        self._last_job += 1
+        future: asyncio.Future[JobResult] = asyncio.get_running_loop().create_future()
+        self._jobs[self._last_job] = future
+        self.post(build(self._last_job))
+        return future
+
+    def health(self) -> tuple[bool, str]:
+        """Whether requests are accepted, and the reason if not."""
+        if self.switcher.state.shutdown_deadline is not None:
+            return False, "shutting down"
+        return True, "ok"
+
+    async def shut_down(self, timeout: float) -> None:
+        """Refuse new work, let what is in flight finish for `timeout` seconds, stop every engine.
+
+        Called again, meanwhile, with a shorter timeout, it hurries. Returns when all of them are gone.
+        """
+        self.post(e.Shutdown(self.clock() + timeout))
+        await self.all_stopped.wait()
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _log_notice(notice: c.Notice) -> None:
+    extra = {"model": getattr(notice, "model", None) or getattr(notice, "target", None)}
+    if isinstance(notice, c.EngineChanged):
+        reason = f": {notice.reason}" if notice.reason else ""
+        level = logging.WARNING if notice.new.value == "failed" else logging.INFO
+        text = f"{notice.model}: {notice.old.value} -> {notice.new.value} after {notice.seconds:.1f} s{reason}"
+        log.log(level, text, extra=extra)
+    elif isinstance(notice, c.SwitchBegan):
+        log.info("switch %d begins: %s", notice.switch, _route(notice.target, notice.victims), extra=extra)
+    elif isinstance(notice, c.SwitchPhaseEnded):
+        log.debug("switch %d: %s took %.2f s", notice.switch, notice.phase.value, notice.seconds, extra=extra)
+    elif notice.cancelled:
+        log.info("switch %d is not needed any more", notice.switch, extra=extra)
+    elif notice.error:
+        log.error("switch %d failed after %.1f s: %s", notice.switch, notice.seconds, notice.error, extra=extra)
+    else:
+        log.info("switch %d done in %.1f s", notice.switch, notice.seconds, extra=extra)
+
+
+def _route(target: str | None, victims: tuple[str, ...]) -> str:
+    return f"{', '.join(victims) or 'nothing'} out, {target or 'nothing'} in"
