@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from llmuxd.control.api import ControlFailed, NotAllowed, UnknownModel
     from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
     from llmuxd.core.policy import Decision, Fifo, ModelView, Policy, Snapshot, Stay, SwitchTo
-    from llmuxd.core.state import IllegalEvent
+    from llmuxd.core.state import IllegalEvent, SwitchMode
     from llmuxd.core.switcher import Switcher
     from llmuxd.engine import EngineError
     from llmuxd.gate import Refused
-    from llmuxd.runtime import SwitchMode
 
 _HOME = {
     "App": "llmuxd.app",
@@ -39,7 +38,7 @@ _HOME = {
     "Refused": "llmuxd.gate",
     "Snapshot": "llmuxd.core.policy",
     "Stay": "llmuxd.core.policy",
-    "SwitchMode": "llmuxd.runtime",
+    "SwitchMode": "llmuxd.core.state",
     "SwitchTo": "llmuxd.core.policy",
     "Switcher": "llmuxd.core.switcher",
     "UnknownModel": "llmuxd.control.api",

@@ -117,7 +117,7 @@ async def _finish(shutdown: asyncio.Task[None], signals: _Signals) -> None:
 
 
 async def _warm_up(app: App, signals: _Signals) -> bool:
-    """Warm every model; False if asked to stop meanwhile. A model that fails does not keep the others from serving."""
+    """Warm every model; False if asked to stop meanwhile. One that fails does not keep the others from serving."""
     warming = asyncio.create_task(run_warmup(app))
     asked = asyncio.create_task(signals.asked.wait())
     await asyncio.wait([warming, asked], return_when=asyncio.FIRST_COMPLETED)

@@ -30,9 +30,7 @@ STATUS_OF: Mapping[c.Refusal, tuple[int, str]] = {
 class Refused(Exception):
     """A request is not served. `retry_after` is in seconds, None where waiting would not help."""
 
-    def __init__(
-        self, status: int, code: str, type: str, message: str, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, status: int, code: str, type: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
@@ -67,7 +65,7 @@ class ServedModel:
 
 
 class Ticket:
-    """One request's place. Ends by `finish` or `left`, once; or by `admitted` raising Refused; or by `on_abort`."""
+    """One request's place. It ends by `finish`, `left`, a Refused from `admitted`, or `on_abort`."""
 
     def __init__(self, gate: Gate, id_: int, model: str) -> None:
         self._gate = gate
@@ -81,7 +79,7 @@ class Ticket:
         return await asyncio.shield(self._grant)
 
     def retry(self) -> None:
-        """The engine went away before the first byte of its answer. Await `admitted` again: it says what follows."""
+        """The engine went away before the first byte of its answer: await `admitted` again, it says what follows."""
         if self._gate.holds(self):
             self._grant = asyncio.get_running_loop().create_future()
             self._gate.post(e.RequestBounced(self.id))

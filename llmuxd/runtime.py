@@ -15,13 +15,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmuxd.config import Config
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.policy import POLICIES
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
 from llmuxd.core.state import IllegalEvent
 from llmuxd.core.switcher import Switcher
-from llmuxd.config import Config
 from llmuxd.engine import Engine, EngineError, engine_spec
 from llmuxd.gate import Gate, ServedModel
 from llmuxd.metrics import Metrics
@@ -86,8 +86,7 @@ class Runtime:
         ]
         self.gate = Gate(self.post, lambda: self._served, self.health)
         self.engines: Mapping[str, Engine] = {
-            name: Engine(engine_spec(config, model), self._death_of(name))
-            for name, model in config.models.items()
+            name: Engine(engine_spec(config, model), self._death_of(name)) for name, model in config.models.items()
         }
         for name in config.models:
             self.metrics.add_model(name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmuxd.config import describe
-from llmuxd.control.api import ControlFailed, NotAllowed, UnknownModel
+from llmuxd.control.api import ControlFailed, NotAllowed, Progress, UnknownModel
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState
@@ -27,8 +27,6 @@ from llmuxd.runtime import Runtime
 from llmuxd.version import __version__
 
 log = logging.getLogger("llmuxd")
-
-Progress = Callable[[dict[str, Any]], None]
 
 EVENT_BACKLOG = 1000
 """Events kept for a subscriber that reads too slowly; older ones are dropped."""
@@ -53,8 +51,8 @@ class Steering:
         return {
             "version": __version__,
             "state": self._summary(active),
-            "mode": "manual" if state.manual else "auto",
-            "pinned": state.pinned,
+            "mode": "manual" if state.mode.manual else "auto",
+            "pinned": state.mode.pinned,
             "policy": self._runtime.switcher.policy.name,
             "active": active,
             "queued": state.queued,
@@ -277,5 +275,3 @@ def _describe(notice: c.Notice) -> dict[str, Any]:
     outcome = "cancelled" if notice.cancelled else (notice.error or "done")
     text = f"switch to {target}: {outcome} after {notice.seconds:.2f} s"
     return {"event": "switched", **told, "error": notice.error or None, "text": text}
-
-

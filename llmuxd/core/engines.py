@@ -126,9 +126,7 @@ class Engines:
 
     def overdue(self, now: float) -> list[Model]:
         """The models whose transition has not ended by its deadline."""
-        return [
-            model for model in self._state.models.values() if model.deadline is not None and model.deadline <= now
-        ]
+        return [model for model in self._state.models.values() if model.deadline is not None and model.deadline <= now]
 
     def current(self, event: e.OperationFailed) -> Model | None:
         """The model whose operation under way failed; None if the report is void."""

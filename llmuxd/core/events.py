@@ -171,7 +171,5 @@ class Tick:
 
 RequestEvent = RequestArrived | RequestFinished | RequestBounced | ClientLeft
 EngineEvent = EngineStarted | EngineSlept | EngineWoke | EngineStopped | OperationFailed | EngineDied
-OperatorEvent = (
-    OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Shutdown
-)
+OperatorEvent = OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Shutdown
 Event = RequestEvent | EngineEvent | OperatorEvent | Tick

@@ -12,12 +12,12 @@ from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
 from llmuxd.core.eviction import STOP, ProcessStrategy
 from llmuxd.core.requests import Requests
-from llmuxd.core.state import WITHOUT_PROCESS, IllegalEvent, Job, Model, State
+from llmuxd.core.state import WITHOUT_PROCESS, IllegalEvent, Job, Model, State, SwitchMode
 from llmuxd.core.switching import Switching
 
 
 class Operator:
-    """Carries out the operator's events. Writes `State.manual`, `pinned`, `jobs` and the shutdown."""
+    """Carries out the operator's events. Writes `State.mode`, `jobs` and the shutdown."""
 
     def __init__(self, state: State, engines: Engines, requests: Requests, switching: Switching) -> None:
         self._state = state
@@ -32,8 +32,8 @@ class Operator:
             self._shut_down(event, now)
             return
         if isinstance(event, e.SetMode):
-            state.manual, state.pinned = event.manual, None
-            if state.manual and state.switch is not None and not state.switch.jobs:
+            state.mode = SwitchMode(event.manual)
+            if state.mode.manual and state.switch is not None and not state.switch.jobs:
                 self._switching.cancel(now)
             self._requests.refuse_objectionable(now)
             return
@@ -55,14 +55,14 @@ class Operator:
 
     def _make_awake(self, event: e.OperatorSwitch | e.OperatorWake | e.Pin, model: Model, now: float) -> None:
         state = self._state
-        if isinstance(event, e.OperatorWake) and state.pinned not in (None, model.name):
-            reason = f"{state.pinned} is pinned; unpin it first, or pin {model.name} instead"
+        if isinstance(event, e.OperatorWake) and state.mode.pinned not in (None, model.name):
+            reason = f"{state.mode.pinned} is pinned; unpin it first, or pin {model.name} instead"
             state.out.append(c.JobFailed(event.job, reason, allowed=False))
             return
         undo = None
-        if (state.manual and isinstance(event, e.OperatorSwitch)) or isinstance(event, e.Pin):
-            undo = (state.manual, state.pinned)
-            state.manual, state.pinned = True, model.name
+        if (state.mode.manual and isinstance(event, e.OperatorSwitch)) or isinstance(event, e.Pin):
+            undo = state.mode
+            state.mode = SwitchMode(True, model.name)
         job = Job(event.job, model.name, {}, not isinstance(event, e.OperatorWake), undo)
         switch = state.switch
         if switch is not None and switch.target == model.name:
@@ -78,7 +78,7 @@ class Operator:
 
     def _sleep(self, event: e.OperatorSleep, model: Model) -> None:
         state = self._state
-        if model.name == state.pinned:
+        if model.name == state.mode.pinned:
             reason = f"{model.name} is pinned; unpin it first"
             state.out.append(c.JobFailed(event.job, reason, allowed=False))
             return
@@ -93,8 +93,8 @@ class Operator:
     def _stop(self, event: e.OperatorStop, model: Model, now: float) -> None:
         """Drain and stop. Asked again while that is under way, or of one that has nothing to drain: at once."""
         state = self._state
-        if model.name == state.pinned:
-            state.manual, state.pinned = False, None
+        if model.name == state.mode.pinned:
+            state.mode = SwitchMode()
         reason = f"{model.name} was stopped by the operator"
         self._requests.refuse_queue(model, c.Refusal.CANNOT_LOAD, reason, 1.0)
         switch = state.switch

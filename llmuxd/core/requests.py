@@ -108,9 +108,7 @@ class Requests:
             self._unqueue(request)
             self._forward(model, request, now)
 
-    def refuse_queue(
-        self, model: Model, refusal: c.Refusal, message: str, retry_after: float | None = None
-    ) -> None:
+    def refuse_queue(self, model: Model, refusal: c.Refusal, message: str, retry_after: float | None = None) -> None:
         """End everything that waits for `model`."""
         for request in list(model.queue.values()):
             self._take_queued(request)
@@ -163,9 +161,9 @@ class Requests:
         if model.blocked(now):
             message = f"{model.name} cannot be loaded: {model.last_error}"
             return c.Refusal.CANNOT_LOAD, message, max(model.retry_at - now, RETRY_AFTER_QUEUE_SECS)
-        if state.manual and not state.is_held(model):
-            if state.pinned is not None:
-                message = f"{state.pinned} is pinned; {model.name} is not loaded until it is unpinned"
+        if state.mode.manual and not state.is_held(model):
+            if state.mode.pinned is not None:
+                message = f"{state.mode.pinned} is pinned; {model.name} is not loaded until it is unpinned"
             else:
                 message = f"manual mode: {model.name} is not awake, and only an operator may switch"
             return c.Refusal.PINNED, message, RETRY_AFTER_QUEUE_SECS

@@ -45,6 +45,14 @@ HOLDS_PARKED = frozenset({S.FALLING_ASLEEP, S.ASLEEP, S.WAKING})
 WITHOUT_PROCESS = frozenset({S.NOT_STARTED, S.FAILED})
 
 
+@dataclass(frozen=True, slots=True)
+class SwitchMode:
+    """Auto, or manual: nothing switches but by an operator's word, and one model may be pinned."""
+
+    manual: bool = False
+    pinned: str | None = None
+
+
 @dataclass(slots=True)
 class Request:
     """One accepted request, from its arrival to its end. Times are clock seconds."""
@@ -131,8 +139,8 @@ class Job:
     victims: dict[str, EvictionPolicy] = field(default_factory=dict)
     forced: bool = False
     """Without cooldown."""
-    undo_mode: tuple[bool, str | None] | None = None
-    """`manual` and `pinned` as they were before the job changed them, to go back to if it fails."""
+    undo_mode: SwitchMode | None = None
+    """The mode as it was before the job changed it, to go back to if it fails."""
 
 
 @dataclass(slots=True)
@@ -170,8 +178,7 @@ class State:
     """Heap of (deadline, request); entries of requests that are no longer queued are dropped when they surface."""
     switch: Switch | None = None
     jobs: list[Job] = field(default_factory=list)
-    manual: bool = False
-    pinned: str | None = None
+    mode: SwitchMode = SwitchMode()
     shutdown_deadline: float | None = None
     all_stopped: bool = False
     last_op: int = 0
@@ -188,7 +195,7 @@ class State:
         """Whether requests for `model` are served in manual mode: it is awake, pinned, or asked for."""
         return (
             model.state is S.AWAKE
-            or model.name == self.pinned
+            or model.name == self.mode.pinned
             or (self.switch is not None and self.switch.target == model.name)
             or any(job.target == model.name for job in self.jobs)
         )

@@ -18,7 +18,7 @@ from llmuxd.core.operator import Operator
 from llmuxd.core.policy import Policy
 from llmuxd.core.requests import Requests
 from llmuxd.core.settings import ModelSpec, Settings
-from llmuxd.core.state import Model, State
+from llmuxd.core.state import Model, State, SwitchMode
 from llmuxd.core.switching import Switching
 
 
@@ -53,6 +53,10 @@ class Switcher:
     def policy(self) -> Policy:
         return self._switching.policy
 
+    @property
+    def mode(self) -> SwitchMode:
+        return self.state.mode
+
     def handle(self, event: e.Event, now: float) -> list[c.Command]:
         """Take one event. Raises IllegalEvent, and changes nothing, if it cannot have happened."""
         self._dispatch(event, now)
@@ -76,7 +80,7 @@ class Switcher:
                 due.append(model.suspect_until or None)
             elif model.in_flight and model.state is S.AWAKE:
                 due.append(state.shutdown_deadline)
-            elif state.switch is None and not state.manual:
+            elif state.switch is None and not state.mode.manual:
                 due.append(self._switching.idle_until(model))
         return min((at for at in due if at is not None and at != float("inf")), default=None)
 

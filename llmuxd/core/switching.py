@@ -162,7 +162,7 @@ class Switching:
                 self._end_job(job, "")
                 return True
             return self._begin(job.target, job.victims, now, job)
-        if not state.manual:
+        if not state.mode.manual:
             for model in state.models.values():
                 if self.idle_until(model) <= now:
                     return self._begin(None, {model.name: model.eviction}, now)
@@ -180,8 +180,8 @@ class Switching:
         """The model that should be made awake next, by the pin or by the policy."""
         state = self._state
         wanted = [m for m in state.models.values() if self._has_demand(m) and m.loadable(now)]
-        if state.manual:
-            wanted = [m for m in wanted if m.name == state.pinned]
+        if state.mode.manual:
+            wanted = [m for m in wanted if m.name == state.mode.pinned]
             return wanted[0].name if wanted else None
         if not wanted:
             return None
@@ -229,7 +229,7 @@ class Switching:
     def _make_room(self, target: Model) -> dict[str, EvictionPolicy]:
         """Which models have to go, and how, for `target` to fit: as few, as idle and as gently as possible."""
         state = self._state
-        others = [m for m in state.models.values() if m is not target and m.name != state.pinned]
+        others = [m for m in state.models.values() if m is not target and m.name != state.mode.pinned]
         awake = [m for m in others if m.state is S.AWAKE]
         awake.sort(key=lambda m: (bool(m.in_flight or m.queue), m.idle_since))
         tiers = [(m, m.eviction) for m in awake]
@@ -312,8 +312,8 @@ class Switching:
     def _end_job(self, job: Job, error: str) -> None:
         state = self._state
         if error:
-            if job.undo_mode is not None and state.pinned == job.target:
-                state.manual, state.pinned = job.undo_mode
+            if job.undo_mode is not None and state.mode.pinned == job.target:
+                state.mode = job.undo_mode
             state.out.append(c.JobFailed(job.id, error))
             return
         went = ", ".join(f"{n} {_outcome(state.models[n])}" for n in job.victims)

@@ -214,7 +214,7 @@ def can_park(version: str | None) -> bool:
 
 
 def _refusal(call: str, status: int, text: str) -> EngineError:
-    kind = FailureKind.OUT_OF_MEMORY if says_out_of_memory("error " + text) else FailureKind.REFUSED
+    kind = FailureKind.OUT_OF_MEMORY if says_out_of_memory(text) else FailureKind.REFUSED
     return EngineError(kind, f"{call} answered {status}: {_message(text)}")
 
 
@@ -223,7 +223,7 @@ def _message(text: str) -> str:
     try:
         answer = json.loads(text)
         error = answer.get("error", answer)
-        text = error.get("message") if isinstance(error, dict) else error
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         pass
-    return " ".join(str(text).split())[:_SHOWN_CHARS] or "nothing"
+    return " ".join(text.split())[:_SHOWN_CHARS] or "nothing"

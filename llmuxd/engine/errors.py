@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from llmuxd.core.events import FailureKind
 
@@ -24,8 +25,13 @@ class EngineError(Exception):
 
 
 def says_out_of_memory(text: str) -> bool:
-    """Whether an answer or a log of vLLM reports that memory did not suffice.
+    """Whether an error of vLLM's is that memory did not suffice."""
+    return _OUT_OF_MEMORY.search(text) is not None
 
-    Only lines that speak of an error count: vLLM also warns of settings that might run out of memory.
+
+def log_says_out_of_memory(lines: Iterable[str]) -> bool:
+    """Whether lines of a log report that memory did not suffice.
+
+    Only those that speak of an error count: vLLM also warns of settings that might run out of memory.
     """
-    return any(_OUT_OF_MEMORY.search(line) and "error" in line.lower() for line in text.splitlines())
+    return any("error" in line.lower() and says_out_of_memory(line) for line in lines)

@@ -18,19 +18,18 @@ def tail_lines(path: Path, n: int, start: int = 0) -> list[str]:
     if n <= 0:
         return []
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            position = end = file.seek(0, os.SEEK_END)
+            # A file shorter than `start` was truncated since: all of it is new.
+            floor = max(start if start <= end else 0, end - _MAX_BYTES)
+            data = b""
+            while position > floor and data.count(b"\n") <= n:
+                size = min(_CHUNK, position - floor)
+                position -= size
+                file.seek(position)
+                data = file.read(size) + data
     except FileNotFoundError:
         return []
-    with file:
-        position = end = file.seek(0, os.SEEK_END)
-        # A file shorter than `start` was truncated since: all of it is new.
-        floor = max(start if start <= end else 0, end - _MAX_BYTES)
-        data = b""
-        while position > floor and data.count(b"\n") <= n:
-            size = min(_CHUNK, position - floor)
-            position -= size
-            file.seek(position)
-            data = file.read(size) + data
     lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()

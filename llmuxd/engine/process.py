@@ -56,7 +56,7 @@ class EngineProcess:
         self._members: dict[Proc, Member] = {}
         self._shm: set[shm.FileId] = set()
         self._shm_before: frozenset[shm.FileId] = frozenset()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @classmethod
     def spawn(cls, argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> EngineProcess:
@@ -119,6 +119,8 @@ class EngineProcess:
         `thorough` also finds those that left the session and lost their parent before they were ever seen.
         """
         with self._lock:
+            if self._popen.returncode is not None:
+                return []
             found = proctable.members(self.leader, self._members.keys(), self._mark if thorough else b"")
             alive = {proc: stat for proc, stat in found.items() if stat.alive}
             titles = {proc.pid: proctable.title(proc.pid) for proc in alive}
@@ -158,8 +160,10 @@ class EngineProcess:
             for proc in alive:
                 _send(proc, signal.SIGKILL)
             _wait_gone(alive, min(deadline, time.monotonic() + 1.0))
-        self._popen.wait()
-        self._reap_adopted()
+        with self._lock:
+            if self._popen.returncode is None:
+                self._reap_adopted()
+                self._popen.wait()
 
     def remove_shared_memory(self) -> list[str]:
         """Remove what the killed engine left in /dev/shm; returns the paths."""
@@ -167,12 +171,9 @@ class EngineProcess:
 
     def _reap_adopted(self) -> None:
         # Where the daemon is process 1 of a container, or a subreaper, orphans of the engine are its children.
-        for proc in self.members():
-            if proc != self.leader:
-                try:
-                    os.waitpid(proc.pid, os.WNOHANG)
-                except ChildProcessError:
-                    pass
+        for proc, stat in proctable.members(self.leader, self._members.keys()).items():
+            if proc != self.leader and stat.parent == os.getpid():
+                os.waitpid(proc.pid, os.WNOHANG)
 
 
 def _wait_gone(procs: Sequence[Proc], until: float) -> None:

@@ -1,8 +1,8 @@
 """Who is running, and which of them descend from an engine. Reads /proc, changes nothing.
 
-A process is known by its pid and the time of its start, so that a pid that was given out again is never taken for the
-process that had it. psutil's tree is not enough here: it loses the children of a parent that died. One read of
-/proc/PID/stat gives parent, session, group and start of the same process at the same instant.
+A process is known by its pid and the time of its start, so that a pid that was given out again is never taken
+for the process that had it. psutil's tree is not enough here: it loses the children of a parent that died. One
+read of /proc/PID/stat gives parent, session, group and start of the same process at the same instant.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def title(pid: int) -> str:
 def members(leader: Proc, known: Collection[Proc], mark: bytes = b"") -> dict[Proc, Stat]:
     """The processes of an engine, zombies included.
 
-    Its are: the leader, those in the leader's session or group, those known from before, those with `mark` in their
-    environment (not looked for if empty), and all descendants of any of these. The leader must not have been reaped:
-    until it is, the kernel gives its pid to no other process, session or group.
+    They are: the leader, those in the leader's session or group, those known from before, those with `mark` in
+    their environment (not looked for if empty), and all descendants of any of these. The leader must not have
+    been reaped: until it is, the kernel gives its pid to no other process, session or group.
     """
     table = snapshot()
     ours: dict[int, Stat] = {}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from llmuxd.engine import proctable
 from llmuxd.engine.api import Health
@@ -46,12 +47,13 @@ class Watch:
         self._probe_now = asyncio.Event()
         self._serving = False
         self._pidfd = self._open_pidfd()
-        self._tasks = [asyncio.create_task(self._watch_processes(), name=f"watch {process.pid}")]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._begin(self._watch_processes())
 
     def serving(self) -> None:
         """The engine has answered: from now on a missing answer counts."""
         self._serving = True
-        self._tasks.append(asyncio.create_task(self._watch_health(), name=f"health {self._process.pid}"))
+        self._begin(self._watch_health())
 
     async def close(self) -> None:
         """Stop watching. Returns when no look at the engine is under way any more."""
@@ -60,6 +62,11 @@ class Watch:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _begin(self, watching: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(watching, name=f"watch {self._process.pid}")
+        task.add_done_callback(_log_crash)
+        self._tasks.append(task)
 
     def _open_pidfd(self) -> int | None:
         try:
@@ -112,6 +119,7 @@ class Watch:
 
     async def _watch_health(self) -> None:
         bad = 0
+        silent = False
         while self._on_death is not None:
             self._probe_now.clear()
             health = await self._health(HEALTH_TIMEOUT_SECS)
@@ -121,8 +129,9 @@ class Watch:
                     self._died(_DEAD[health])
             else:
                 bad = 0
-                if health is Health.UNKNOWN:
+                if health is Health.UNKNOWN and not silent:
                     log.warning("process %d: no answer from /health", self._process.pid)
+                silent = health is Health.UNKNOWN
             await _sleep_or_set(CONFIRM_SECS if bad else HEALTH_SECS, self._probe_now)
 
 
@@ -131,3 +140,8 @@ async def _sleep_or_set(seconds: float, event: asyncio.Event) -> None:
         await asyncio.wait_for(event.wait(), seconds)
     except asyncio.TimeoutError:
         pass
+
+
+def _log_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("%s ended", task.get_name(), exc_info=task.exception())

@@ -7,6 +7,7 @@ import pytest
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.state import IllegalEvent, SwitchMode
 from tests.core.playbook import DISCARD, OFFLOAD, STOP, Play, spec
 
 
@@ -178,7 +179,7 @@ class TestManual:
         assert play.at(4, e.RequestFinished(1)) == ["sleep a offload+keep_running wait"]
         play.done(5, "a")
         assert play.done(6, "b") == ["job 7 done", "forward 3"]
-        assert play.state.pinned == "b"
+        assert play.state.mode.pinned == "b"
 
     def test_requests_for_what_an_operator_waits_in_line_for_are_kept(self):
         play = Play()
@@ -207,7 +208,7 @@ class TestManual:
         play.awake("a")
         play.at(1, e.Pin(7, "a"))
         play.at(2, e.SetMode(manual=False))
-        assert (play.state.manual, play.state.pinned) == (False, None)
+        assert play.switcher.mode == SwitchMode()
         assert play.ask(3, 1, "b") == ["sleep a offload+keep_running wait"]
 
     def test_pin_switches_and_refuses_the_others(self):
@@ -233,7 +234,7 @@ class TestManual:
         play.at(1, e.Pin(7, "b"))
         play.done(2, "a")
         assert play.fails(3, "b") == ["stop b", "job 7 failed"]
-        assert (play.state.manual, play.state.pinned) == (False, None)
+        assert play.switcher.mode == SwitchMode()
 
     def test_a_pinned_model_is_not_put_to_sleep_nor_pushed_out(self):
         play = Play()
@@ -249,7 +250,7 @@ class TestManual:
         play.awake("a")
         play.at(1, e.Pin(7, "a"))
         assert play.at(2, e.OperatorStop(8, "a")) == ["stop a"]
-        assert (play.state.manual, play.state.pinned) == (False, None)
+        assert play.switcher.mode == SwitchMode()
 
 
 def test_eviction_can_be_changed():
@@ -331,7 +332,5 @@ class TestShutdown:
     ],
 )
 def test_unknown_models_are_illegal(event):
-    from llmuxd.core.state import IllegalEvent
-
     with pytest.raises(IllegalEvent):
         Play(spec("a")).switcher.handle(event, 0)

@@ -104,6 +104,7 @@ def test_nothing_is_sent_to_an_engine_whose_death_is_not_known_yet():
     assert play.at(2, e.RequestBounced(1)) == []
     assert play.ask(3, 2, "a") == []
     assert play.switcher.next_deadline == 3.5
+    assert play.tick(3.4) == []
     assert play.tick(3.5) == ["forward 1", "forward 2"]
 
 

@@ -1,0 +1,50 @@
+# Each target does the set-up that it needs; `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CACHE := $(or $(LLMUX_TEST_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llmux-tests)
+
+.PHONY: help demo demo-stop test lint test-floor test-vllm clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "python3-venv is missing: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV) (once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## start a daemon with three simulated models in the background
+	@sh tools/demo.sh start $(BIN)
+
+demo-stop: ## stop it
+	@sh tools/demo.sh stop $(BIN)
+
+test: $(STAMP) lint ## lint, types, and the tests that need no vLLM
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -p -m pytest
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report --include='llmuxd/core/*' --fail-under=100
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy
+
+test-floor: ## the same tests on the oldest versions that are supported, Debian 12's
+	@$(PYTHON) -m venv $(CACHE)/floor
+	@$(CACHE)/floor/bin/pip install --quiet --disable-pip-version-check -c tests/floor.txt -e '.[test]'
+	@$(CACHE)/floor/bin/python -m pytest
+
+test-vllm: $(STAMP) ## the tests over real vLLM engines (CPU build; downloads about 1 GB once)
+	@sh tests/real/setup-vllm.sh "$(CACHE)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[real]'
+	@LLMUX_TEST_CACHE="$(CACHE)" $(BIN)/python -m pytest tests/real
+
+clean: ## remove what the targets made in this folder
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

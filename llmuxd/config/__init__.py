@@ -1,0 +1,23 @@
+"""The configuration: `load_config` reads and checks it, the classes hold it, `KEYS` documents it."""
+
+from __future__ import annotations
+
+from llmuxd.config.load import ConfigError, Problem, describe, load_config, parse_config
+from llmuxd.config.schema import KEYS, Key, nearest
+from llmuxd.config.types import CheckpointConfig, Config, ModelConfig, ObjectStoreConfig, PolicyConfig
+
+__all__ = [
+    "KEYS",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "Key",
+    "ModelConfig",
+    "ObjectStoreConfig",
+    "PolicyConfig",
+    "Problem",
+    "describe",
+    "load_config",
+    "nearest",
+    "parse_config",
+]

@@ -1,0 +1,61 @@
+"""What the control side asks of a running stack, and how it is told that something does not go."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmuxd.core.eviction import EvictionPolicy
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with each step of a long operation: `event`, `text` and what belongs to it."""
+
+
+class UnknownModel(Exception):
+    """No model or alias of that name."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__(f"no model {name!r}; configured: {', '.join(known) or 'none'}")
+        self.name = name
+        self.known = tuple(known)
+
+
+class ControlFailed(Exception):
+    """It was tried, and did not succeed; or it makes no sense. The text says why."""
+
+
+class NotAllowed(Exception):
+    """The mode or the pin forbids it; nothing was tried."""
+
+
+class Control(Protocol):
+    """A running stack, as the handlers see it. Models are given by name or alias."""
+
+    def status(self) -> dict[str, Any]: ...
+
+    def evictions(self) -> dict[str, Any]: ...
+
+    def config_json(self) -> dict[str, Any]: ...
+
+    def log_path(self, model: str) -> Path: ...
+
+    def subscribe(self) -> AsyncIterator[dict[str, Any]]: ...
+
+    def set_mode(self, mode: str) -> dict[str, Any]: ...
+
+    def unpin(self) -> dict[str, Any]: ...
+
+    def set_eviction(self, model: str, eviction: EvictionPolicy) -> dict[str, Any]: ...
+
+    async def switch(self, model: str, progress: Progress) -> dict[str, Any]: ...
+
+    async def wake(self, model: str, progress: Progress) -> dict[str, Any]: ...
+
+    async def sleep(self, model: str, eviction: EvictionPolicy | None, progress: Progress) -> dict[str, Any]: ...
+
+    async def stop(self, model: str, progress: Progress) -> dict[str, Any]: ...
+
+    async def pin(self, model: str, progress: Progress) -> dict[str, Any]: ...
+
+    async def warmup(self, models: list[str] | None, progress: Progress) -> dict[str, Any]: ...
