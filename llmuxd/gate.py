@@ -37,6 +37,7 @@ class Refused(Exception):
         self.type = type
         self.message = message
         self.retry_after = retry_after
+        self.param = "model" if status in (400, 404) else None
 
     @classmethod
     def by(cls, refusal: c.Refusal, message: str, retry_after: float | None = None) -> Refused:
@@ -76,7 +77,7 @@ class Ticket:
 
     async def admitted(self) -> Grant:
         """Wait until the request may be forwarded. Raises Refused, and then the ticket has ended."""
-        return await asyncio.shield(self._grant)
+        return await self._grant
 
     def retry(self) -> None:
         """The engine went away before the first byte of its answer: await `admitted` again, it says what follows."""
@@ -96,7 +97,9 @@ class Ticket:
 
     def grant(self, grant: Grant) -> None:
         """Called by the gate: the request may be forwarded."""
-        self._grant.set_result(grant)
+        # Whoever awaited it may have been cancelled, and has not come to say `left` yet.
+        if not self._grant.done():
+            self._grant.set_result(grant)
 
     def refuse(self, refused: Refused) -> None:
         """Called by the gate: the request ends without an answer of its engine."""

@@ -60,9 +60,7 @@ class VllmApi:
         self._base = endpoint.base_url
         self._model = model
         self._auth = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._session = aiohttp.ClientSession(
-            connector=endpoint.connector(), timeout=aiohttp.ClientTimeout(total=None)
-        )
+        self._session = aiohttp.ClientSession(connector=endpoint.connector(), timeout=aiohttp.ClientTimeout(total=None))
 
     async def __aenter__(self) -> VllmApi:
         return self

@@ -228,9 +228,7 @@ class Engine:
         except OSError as error:
             raise EngineError(FailureKind.SPAWN, str(error)) from error
         try:
-            run.process = EngineProcess.spawn(
-                build_argv(spec, os.environ), build_env(spec, os.environ), spec.log_path
-            )
+            run.process = EngineProcess.spawn(build_argv(spec, os.environ), build_env(spec, os.environ), spec.log_path)
         except OSError as error:
             reason = f"{spec.vllm_command[0]!r} cannot be executed: {error.strerror or error}"
             raise EngineError(FailureKind.SPAWN, reason) from error

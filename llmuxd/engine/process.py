@@ -154,9 +154,7 @@ class EngineProcess:
             if time.monotonic() > deadline:
                 members = self.members()
                 names = ", ".join(f"{proc.pid} ({members[proc].title[:60]})" for proc in alive)
-                raise EngineError(
-                    FailureKind.TIMEOUT, f"still there {KILL_SECS:g} s after SIGKILL: process {names}"
-                )
+                raise EngineError(FailureKind.TIMEOUT, f"still there {KILL_SECS:g} s after SIGKILL: process {names}")
             for proc in alive:
                 _send(proc, signal.SIGKILL)
             _wait_gone(alive, min(deadline, time.monotonic() + 1.0))
@@ -170,7 +168,7 @@ class EngineProcess:
         return shm.remove_leftovers(self._shm)
 
     def _reap_adopted(self) -> None:
-        # Where the daemon is process 1 of a container, or a subreaper, orphans of the engine are its children.
+        # Orphans are reaped by process 1. Where the daemon is that, or a subreaper, they are its own.
         for proc, stat in proctable.members(self.leader, self._members.keys()).items():
             if proc != self.leader and stat.parent == os.getpid():
                 os.waitpid(proc.pid, os.WNOHANG)

@@ -32,11 +32,15 @@ class Stat:
     group: int
     session: int
     state: str
+    threads: int
 
     @property
     def alive(self) -> bool:
-        """Not ended: a zombie is an entry in its parent's books, it holds nothing any more."""
-        return self.state not in _GONE
+        """Whether it may hold anything yet. A zombie is an entry in its parent's books and does not.
+
+        But a process shows as one as soon as its first thread has ended, while others are still on their way out.
+        """
+        return self.state not in _GONE or self.threads > 1
 
 
 def read_stat(pid: int) -> Stat | None:
@@ -54,6 +58,7 @@ def read_stat(pid: int) -> Stat | None:
         group=int(fields[2]),
         session=int(fields[3]),
         state=fields[0].decode(),
+        threads=int(fields[17]),
     )
 
 

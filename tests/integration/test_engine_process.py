@@ -173,6 +173,22 @@ def test_a_signal_does_not_reach_a_process_that_got_the_pid(spawn: Spawn) -> Non
     wait_for(lambda: process.ended() is not None, "the real one ends")
 
 
+def test_a_zombie_whose_threads_run_is_alive(spawn: Spawn) -> None:
+    spawn(
+        "import ctypes, threading; threading.Thread(target=time.sleep, args=(600,)).start(); tell('threads')\n"
+        "libc = ctypes.PyDLL(None); libc.pthread_exit.argtypes = [ctypes.c_void_p]\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start(); libc.syscall(60, 0)"
+    )
+    proc = told("threads")
+
+    def is_zombie() -> bool:
+        stat = proctable.read_stat(proc.pid)
+        return stat is not None and stat.state == "Z"
+
+    wait_for(is_zombie, "its first thread has ended")
+    assert proctable.is_alive(proc)
+
+
 def test_a_fork_with_its_parents_title_is_not_vital(spawn: Spawn, tmp_path: Path) -> None:
     script = "import os, time; pid = os.fork(); open('f', 'w').write(str(pid)) if pid else None; time.sleep(600)"
     process = spawn(f"subprocess.Popen([sys.executable, '-c', {script!r}, 'VLLM::EngineCore']); time.sleep(600)")

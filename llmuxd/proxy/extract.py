@@ -1,0 +1,109 @@
+"""Which model a request names. Pure: the body is looked into and never changed.
+
+Where a body could be read in two ways, the reading is the one that vLLM's own server has (of several fields or keys
+of a name, the last), so that the engine which is woken is the engine that is meant.
+"""
+
+from __future__ import annotations
+
+import json
+from email.message import Message
+from email.parser import BytesHeaderParser
+from typing import Any
+from urllib.parse import parse_qs
+
+from llmuxd.proxy.errors import Rejected
+
+_PART_HEAD_BYTES = 16 * 1024
+
+
+def model_of(override: str | None, query: str, content_type: str, encoded: bool, body: bytes) -> str:
+    """The model's name: of the override header, of `?model=`, of a form's field, of the JSON body, in this order.
+
+    `encoded` says that the body has a Content-Encoding. Raises Rejected (400) if there is none to be had.
+    """
+    if override:
+        return override
+    named = parse_qs(query).get("model")
+    if named:
+        return named[-1]
+    if not body:
+        raise _no_model()
+    if encoded:
+        raise Rejected(
+            400,
+            "unreadable_body",
+            "the body is compressed: name the model in a `model-override` header or as `?model=`",
+            "model",
+        )
+    header = Message()
+    header["Content-Type"] = content_type
+    if header.get_content_type() == "multipart/form-data":
+        return _of_form(header, body)
+    return _of_json(body)
+
+
+def _of_json(body: bytes) -> str:
+    try:
+        value: Any = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Rejected(400, "invalid_json", f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict) or "model" not in value:
+        raise _no_model()
+    model = value["model"]
+    if not isinstance(model, str):
+        raise Rejected(400, "invalid_model", "`model` is not a string", "model")
+    return model or _raise(_no_model())
+
+
+def _of_form(header: Message, body: bytes) -> str:
+    boundary = header.get_boundary()
+    if not boundary or not boundary.isascii():
+        raise Rejected(400, "invalid_form", "the multipart body has no boundary")
+    model = _form_field(body, boundary.encode(), "model")
+    if model is None:
+        raise _no_model()
+    try:
+        return model.decode() or _raise(_no_model())
+    except UnicodeDecodeError as error:
+        raise Rejected(400, "invalid_model", "the form's `model` is not UTF-8", "model") from error
+
+
+def _form_field(body: bytes, boundary: bytes, name: str) -> bytes | None:
+    """The last field of that name. Only the heads of the parts are copied: the parts may be large files."""
+    found: bytes | None = None
+    delimiter = b"\r\n--" + boundary
+    at = len(delimiter) - 2 if body.startswith(delimiter[2:]) else _after(body, delimiter, 0)
+    while at >= 0 and not body.startswith(b"--", at):
+        end = body.find(delimiter, at)
+        if end < 0:
+            raise Rejected(400, "invalid_form", "the multipart body ends in the middle of a part")
+        head_end = body.find(b"\r\n\r\n", at, min(end + 2, at + _PART_HEAD_BYTES))
+        if head_end < 0:
+            raise Rejected(400, "invalid_form", "a part of the multipart body has no head")
+        line_end = body.find(b"\r\n", at)
+        head = BytesHeaderParser().parsebytes(body[line_end + 2 : head_end])
+        if head.get_param("name", header="content-disposition") == name:
+            if head.get_filename() is not None:
+                raise Rejected(400, "invalid_model", f"the form's `{name}` is a file", name)
+            found = body[head_end + 4 : end]
+        at = end + len(delimiter)
+    return found
+
+
+def _after(body: bytes, delimiter: bytes, start: int) -> int:
+    at = body.find(delimiter, start)
+    return at if at < 0 else at + len(delimiter)
+
+
+def _no_model() -> Rejected:
+    return Rejected(
+        400,
+        "model_required",
+        "no model is named: set `model` in the body, `?model=`, or a `model-override` header",
+        "model",
+    )
+
+
+def _raise(error: Rejected) -> str:
+    raise error
