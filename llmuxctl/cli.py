@@ -1,23 +1,28 @@
-"""The commands of `llmuxctl`. Exit codes are `llmuxd.protocol.Exit`; Ctrl-C is 130."""
+"""The commands of `llmuxctl`.
+
+Exit codes are `llmuxd.protocol.Exit`, and as in a shell 130 for Ctrl-C and 141 if the reader of the output is gone.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import click
 
-from llmuxctl.client import Client, Failed, exit_of
+from llmuxctl.client import Client, Failed, failure_of
 from llmuxctl.output import Progress, clean, plain_table, show_status
-from llmuxd.protocol import DEFAULT_CONFIG_PATH, Exit, default_control_socket
+from llmuxd.protocol import CONTROL_SOCKET_ENV, DEFAULT_CONFIG_PATH, Exit, default_control_socket
 from llmuxd.version import __version__
 
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 Command = Callable[..., Any]
 
@@ -47,19 +52,41 @@ def _json_option(command: Command) -> Command:
 _pass = click.make_pass_decorator(Session)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; here, since click has a way of its own with a reader that is gone."""
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # Python would stumble over it again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(EXIT_BROKEN_PIPE)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--socket",
-    envvar="LLMUX_CONTROL_SOCKET",
+    envvar=CONTROL_SOCKET_ENV,
     default=default_control_socket,
     metavar="PATH",
-    help="The daemon's control socket (default: /run/llmux/control.sock, or the one in LLMUX_RUNTIME_DIR).",
+    help=(
+        f"The daemon's control socket (default: {CONTROL_SOCKET_ENV}, else control.sock in LLMUX_RUNTIME_DIR, "
+        "else /run/llmux/control.sock)."
+    ),
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; also allowed after the command.")
 @click.version_option(__version__, prog_name="llmuxctl")
 @click.pass_context
 def group(context: click.Context, socket: str, as_json: bool) -> None:
     """Show and steer a running llmuxd.
+
+    \b
+    llmuxctl status
+    llmuxctl switch qwen
+    llmuxctl --json status | jq .models.qwen.engine
 
     \b
     Exit codes: 0 done, 1 it failed, 2 usage or config, 3 daemon not reachable,
@@ -70,22 +97,16 @@ def group(context: click.Context, socket: str, as_json: bool) -> None:
 
 def main() -> None:
     """The entry point: turns every failure into a sentence and an exit code."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
     try:
-        group(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        print("\nInterrupted; what the daemon has begun goes on.", file=sys.stderr)
+        sys.exit(group(standalone_mode=False))
+    except click.Abort:
         sys.exit(EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except Failed as failed:
-        print("\n".join(map(clean, str(failed).splitlines())), file=sys.stderr)
-        sys.exit(failed.exit_code)
-    except BrokenPipeError:
-        # The reader, a pager or head, has seen enough; Python must not stumble over it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # Seeing
@@ -146,22 +167,38 @@ def version(session: Session) -> None:
 
 
 def _run(session: Session, call: str, **body: Any) -> None:
-    """Run a long operation, telling its steps; exits with what came of it."""
+    """Run a long operation, telling its steps. Raises Failed if it does, or if Ctrl-C ends the waiting for it."""
     steps = session.client.steps(call, **{key: value for key, value in body.items() if value is not None})
+    try:
+        last = _tell_json(steps) if session.as_json else _tell(steps)
+    except KeyboardInterrupt:
+        text = "\nNot waiting any more. What the daemon has begun goes on; `llmuxctl status` shows it."
+        raise Failed(EXIT_INTERRUPTED, text) from None
+    failure = failure_of(last)
+    if failure is not None and session.as_json:
+        click.get_current_context().exit(failure.exit_code)
+    if failure is not None:
+        raise failure
+    if not session.as_json:
+        print(clean(last["message"]))
+
+
+def _tell_json(steps: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Pass the steps on; returns the last one."""
     last: dict[str, Any] = {}
-    if session.as_json:
+    for last in steps:
+        print(json.dumps(last), flush=True)
+    return last
+
+
+def _tell(steps: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Tell the steps to a human; returns the last one, the result."""
+    last: dict[str, Any] = {}
+    with Progress() as progress:
         for last in steps:
-            print(json.dumps(last), flush=True)
-    else:
-        with Progress() as progress:
-            for last in steps:
-                if "result" not in last:
-                    progress.step(last["text"])
-        if last["result"] == "ok":
-            print(clean(last["message"]))
-        else:
-            raise Failed(exit_of(last), last["error"])
-    sys.exit(exit_of(last))
+            if "result" not in last:
+                progress.step(last["text"])
+    return last
 
 
 @group.command()
@@ -257,17 +294,14 @@ def eviction(session: Session, model: str | None, policy: str | None) -> None:
     if model is not None and policy is not None:
         session.show(session.client.post("eviction", model=model, eviction=policy))
         return
-    models = session.client.get("eviction")["models"]
-    if model is not None:
-        if model not in models:
-            raise Failed(Exit.NO_SUCH_MODEL, f"no model {model!r}; configured: {', '.join(models) or 'none'}")
-        models = {model: models[model]}
+    query = "" if model is None else "?" + urlencode({"model": model})
+    answer = session.client.get(f"eviction{query}")
     if session.as_json:
-        print(json.dumps({"models": models}, indent=2))
+        print(json.dumps(answer, indent=2))
         return
     rows = [
-        [clean(name), f"{m['eviction']['weights']}+{m['eviction']['process']}", m["process_state"]]
-        for name, m in models.items()
+        [clean(cell) for cell in (name, "{weights}+{process}".format(**m["eviction"]), m["process_state"])]
+        for name, m in answer["models"].items()
     ]
     plain_table(("MODEL", "EVICTION", "STATE"), rows)
 
@@ -282,20 +316,41 @@ def config() -> None:
 
 @config.command()
 @click.argument("file", type=click.Path(path_type=Path), default=DEFAULT_CONFIG_PATH)
-def check(file: Path) -> None:
-    """Check FILE (default: /etc/llmux/llmux.toml) without a daemon. Exit code 2 if it is wrong."""
+@_json_option
+@_pass
+def check(session: Session, file: Path) -> None:
+    """Check FILE (default: /etc/llmux/llmux.toml), without a daemon.
+
+    Every problem is printed, not just the first. Exit code 2 if there is one.
+
+    \b
+    llmuxctl config check
+    llmuxctl config check ./llmux.toml
+    """
     from llmuxd.config import ConfigError, load_config
 
+    models: list[str] = []
+    warnings: list[str] = []
+    problems: list[str] = []
     try:
         loaded = load_config(file)
+        models, warnings = list(loaded.models), list(loaded.warnings)
     except ConfigError as error:
-        raise Failed(Exit.USAGE, str(error)) from None
-    for warning in loaded.warnings:
-        print(f"warning: {clean(warning)}", file=sys.stderr)
-    print(f"{file}: {len(loaded.models)} models, no errors")
+        problems = str(error).splitlines()
+    if session.as_json:
+        found = {"file": str(file), "models": models, "warnings": warnings, "problems": problems}
+        print(json.dumps(found, indent=2))
+    else:
+        for line in (*(f"warning: {warning}" for warning in warnings), *problems):
+            print(clean(line), file=sys.stderr)
+        if not problems:
+            print(f"{clean(file)}: {len(models)} models, no errors")
+    if problems:
+        click.get_current_context().exit(Exit.USAGE)
 
 
 @config.command()
+@_json_option
 @_pass
 def show(session: Session) -> None:
     """Print the configuration that the daemon runs with, as JSON, secrets masked."""

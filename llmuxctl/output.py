@@ -1,14 +1,21 @@
-"""How things are shown: tables on a terminal, plain columns elsewhere, progress while something runs."""
+"""How things are shown: tables on a terminal, plain columns elsewhere, progress while something runs.
+
+Rich is imported only on the paths that print to a terminal.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-_UNITS = ((86400, "d"), (3600, "h"), (60, "m"))
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 _COLOURS = {
     "awake": "green",
@@ -20,7 +27,8 @@ _COLOURS = {
     "stopping": "yellow",
 }
 
-MODEL_COLUMNS = ("MODEL", "STATE", "IN FLIGHT", "QUEUED", "EVICTION", "PID", "SINCE", "LAST ERROR")
+MODEL_COLUMNS = ("MODEL", "STATE", "IN FLIGHT", "QUEUED", "EVICTION", "PID", "SINCE")
+_NUMBERS = ("IN FLIGHT", "QUEUED", "PID")
 
 
 def clean(text: object) -> str:
@@ -31,39 +39,44 @@ def clean(text: object) -> str:
 def duration(seconds: float) -> str:
     """A duration as people say it: 45 s, 3 m 20 s, 2 h 5 m, 3 d 4 h."""
     left = max(0, int(seconds))
-    for number, (size, unit) in enumerate(_UNITS):
+    for (size, unit), (smaller, small_unit) in pairwise(_UNITS):
         if left >= size:
-            smaller, small_unit = _UNITS[number + 1] if number + 1 < len(_UNITS) else (1, "s")
             return f"{left // size} {unit} {left % size // smaller} {small_unit}"
     return f"{left} s"
 
 
 def show_status(status: dict[str, Any]) -> None:
     """Print the daemon's status for a human."""
-    for line in _headlines(status):
-        print(clean(line))
-    rows = [_model_row(name, model) for name, model in status["models"].items()]
-    if not rows:
+    models = status["models"]
+    print("\n".join(clean(line) for line in _headlines(status)))
+    if not models:
         print("No models are configured.")
-    elif sys.stdout.isatty():
-        _rich_table(MODEL_COLUMNS, rows)
+        return
+    rows = [_model_row(name, model) for name, model in models.items()]
+    errors = {clean(name): _one_line(model["last_error"]) for name, model in models.items()}
+    print()
+    if sys.stdout.isatty():
+        _show_on_terminal(rows, errors)
     else:
-        plain_table(MODEL_COLUMNS, rows)
+        plain_table((*MODEL_COLUMNS, "LAST ERROR"), [[*row, errors[row[0]] or "-"] for row in rows])
 
 
-def _headlines(status: dict[str, Any]) -> Iterable[str]:
+def _headlines(status: dict[str, Any]) -> Iterator[str]:
     pinned = f", {status['pinned']} pinned" if status.get("pinned") else ""
-    awake = ", ".join(status["active"]) or "none"
     yield (
         f"llmuxd {status['version']}: {status['state']} (mode {status['mode']}{pinned}, policy {status['policy']}, "
         f"up {duration(status['uptime_secs'])})"
     )
+    awake = ", ".join(status["active"]) or "none"
     yield f"awake: {awake}; queued: {status['queued']}; in flight: {status['in_flight']}"
     switch = status.get("switch")
     if switch:
         out = ", ".join(switch["from"]) or "nothing"
         target = switch["to"] or "nothing"
-        yield f"switch {switch['id']}: {out} -> {target}, {switch['phase']} for {duration(switch['seconds'])}"
+        yield f"switch {switch['id']}: {out} -> {target}, {switch['phase']}, {duration(switch['seconds'])} so far"
+    for device in status["devices"]:
+        users = ", ".join(device["awake"])
+        yield f"{device['name']}: {device['used']} of {device['capacity']} used" + (f" ({users})" if users else "")
 
 
 def _model_row(name: str, model: dict[str, Any]) -> list[str]:
@@ -71,17 +84,23 @@ def _model_row(name: str, model: dict[str, Any]) -> list[str]:
     if model.get("asleep_by"):
         state += f" ({model['asleep_by']})"
     if model.get("retry_in_secs") is not None:
+        # Rounded up: "retry in 0 s" would be over.
         state += f" (retry in {duration(model['retry_in_secs'] + 0.999)})"
-    return [
-        clean(name),
+    cells = (
+        name,
         state,
-        str(model["in_flight"]),
-        str(model["queued"]),
+        model["in_flight"],
+        model["queued"],
         model["eviction"],
-        str(model["pid"] or "-"),
+        model["pid"] or "-",
         duration(time.time() - model["since"]),
-        clean((model["last_error"] or "-").splitlines()[0]),
-    ]
+    )
+    return [clean(cell) for cell in cells]
+
+
+def _one_line(error: str | None) -> str:
+    lines = (error or "").strip().splitlines()
+    return clean(lines[0]) if lines else ""
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -91,55 +110,90 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _console(stderr: bool = False) -> Console:
     from rich.console import Console
+
+    return Console(stderr=stderr, no_color=True if os.environ.get("NO_COLOR") else None, highlight=False)
+
+
+def _show_on_terminal(rows: Sequence[Sequence[str]], errors: dict[str, str]) -> None:
+    """A table, its cells broken into lines if it must be narrow; a paragraph per model if even that is too wide."""
+    from rich.text import Text
+
+    console = _console()
+    for layout in ((MODEL_COLUMNS, rows), _narrow(rows)):
+        if _width(*layout) <= console.width:
+            _rich_table(console, *layout)
+            break
+    else:
+        for name, state, in_flight, queued, eviction, pid, since in rows:
+            console.print(Text.assemble((name, "bold"), ": ", (state, _colour_of(state))), soft_wrap=True)
+            line = f"  {in_flight} in flight, {queued} queued, {eviction}, pid {pid}, since {since}"
+            console.print(Text(line), soft_wrap=True)
+    for name, error in errors.items():
+        if error:
+            console.print(Text.assemble("last error of ", (name, "bold"), ": ", (error, "red")), soft_wrap=True)
+
+
+def _narrow(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    columns = [column.replace(" ", "\n") for column in MODEL_COLUMNS]
+    return columns, [[row[0], *(cell.replace("+", "+\n").replace(" (", "\n(") for cell in row[1:])] for row in rows]
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    from rich.cells import cell_len
+
+    gaps = 2 * (len(columns) - 1)
+    return gaps + sum(
+        max(cell_len(line) for row in (columns, *rows) for line in row[i].splitlines() or [""])
+        for i in range(len(columns))
+    )
+
+
+def _rich_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(no_color=bool(os.environ.get("NO_COLOR")), highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        # The name is what one came for: it is neither wrapped nor cut.
-        justify = "right" if column in ("IN FLIGHT", "QUEUED", "PID") else "left"
-        table.add_column(column, justify=justify, no_wrap=column in ("MODEL", "PID"), overflow="fold")  # type: ignore[arg-type]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, header_style="bold")
+    for name, column in zip(MODEL_COLUMNS, columns, strict=True):
+        table.add_column(column, justify="right" if name in _NUMBERS else "left", no_wrap=True)
     for row in rows:
-        colour = _COLOURS.get(row[1].partition(" ")[0], "")
         cells = [Text(cell) for cell in row]
-        cells[1].stylize(colour)
-        if row[-1] != "-":
-            cells[-1].stylize("red")
+        cells[1].stylize(_colour_of(row[1]))
         table.add_row(*cells)
     console.print(table)
+
+
+def _colour_of(state: str) -> str:
+    return _COLOURS.get(state.split()[0] if state.strip() else "", "")
 
 
 class Progress:
     """Tells the steps of a long operation on standard error: a line each; on a terminal the seconds, too."""
 
     def __init__(self) -> None:
-        self._status: Any = None
+        self._live: Any = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import Progress as Bar
             from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            console = Console(stderr=True, no_color=bool(os.environ.get("NO_COLOR")), highlight=False)
             columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            self._status = Bar(*columns, console=console, transient=True)
-            self._status.start()
-            self._task = self._status.add_task("waiting", total=None)
+            self._live = Bar(*columns, console=_console(stderr=True), transient=True)
+            self._live.start()
+            self._task = self._live.add_task("waiting", total=None)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def step(self, text: str) -> None:
         """Tell one step."""
         text = clean(text)
-        if self._status is None:
+        if self._live is None:
             print(text, file=sys.stderr, flush=True)
         else:
-            self._status.console.print(text, markup=False)
-            self._status.update(self._task, description=text)
+            self._live.console.print(text, markup=False)
+            self._live.update(self._task, description=text)

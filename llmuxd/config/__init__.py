@@ -1,8 +1,13 @@
-"""The configuration: `load_config` reads and checks it, the classes hold it, `KEYS` documents it."""
+"""The configuration: `load_config` reads and checks it, the classes hold it, `KEYS` documents it.
+
+`types` holds it, `kinds` and `schema` say what it may be, `reading`, `checks` and `load` make it of files.
+"""
 
 from __future__ import annotations
 
-from llmuxd.config.load import ConfigError, Problem, describe, load_config, parse_config
+from llmuxd.config.describe import describe
+from llmuxd.config.errors import ConfigError, Problem
+from llmuxd.config.load import load_config, parse_config
 from llmuxd.config.schema import KEYS, Key, nearest
 from llmuxd.config.types import CheckpointConfig, Config, ModelConfig, ObjectStoreConfig, PolicyConfig
 

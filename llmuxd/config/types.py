@@ -1,4 +1,4 @@
-"""The configuration as the program uses it: frozen, validated, complete. `schema` and `load` read it."""
+"""The configuration as the program uses it: frozen, validated, complete. How it is read is in `load`."""
 
 from __future__ import annotations
 

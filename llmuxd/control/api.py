@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import difflib
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,9 @@ class UnknownModel(Exception):
     """No model or alias of that name."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
-        super().__init__(f"no model {name!r}; configured: {', '.join(known) or 'none'}")
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+        super().__init__(f"no model {name!r}{hint} Configured: {', '.join(known) or 'none'}")
         self.name = name
         self.known = tuple(known)
 
@@ -38,9 +41,11 @@ class Control(Protocol):
 
     def config_json(self) -> dict[str, Any]: ...
 
+    def resolve(self, name: str) -> str | None: ...
+
     def log_path(self, model: str) -> Path: ...
 
-    def subscribe(self) -> AsyncIterator[dict[str, Any]]: ...
+    def subscribe(self) -> AsyncGenerator[dict[str, Any], None]: ...
 
     def set_mode(self, mode: str) -> dict[str, Any]: ...
 

@@ -9,55 +9,66 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
 
 from aiohttp import web
 
 from llmuxd.control.api import Control, ControlFailed, NotAllowed, Progress, UnknownModel
+from llmuxd.control.logs import read_log
+from llmuxd.control.peer import may_steer, peer_of
+from llmuxd.control.streaming import stream
 from llmuxd.core.eviction import EvictionPolicy
-from llmuxd.protocol import NDJSON, VERSION_HEADER
+from llmuxd.protocol import CONTROL_PREFIX, NDJSON, VERSION_HEADER
 from llmuxd.version import __version__
 
 log = logging.getLogger("llmuxd.control")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Operation = Callable[[Progress], Awaitable[dict[str, Any]]]
 
 LOG_LINES = 50
-LOG_CHUNK_BYTES = 65536
-LOG_POLL_SECS = 0.2
-LOCAL_HOSTS = ("", "localhost", "llmuxd", "127.0.0.1")
+MAX_LOG_LINES = 1_000_000
+STEP_BACKLOG = 1000
+"""Steps kept for a client that reads too slowly; older ones are dropped."""
+CLOSE_SECS = 1.0
+"""How long calls may go on once the application is shut down."""
+ENDLESS = "endless"
+"""Marks a request whose answer ends only with its client."""
+LOCAL_HOSTS = frozenset(("", "localhost", "127.0.0.1", "unix", "llmux", "llmuxd"))
 """What a Host header may say on a Unix socket; a page in a browser says where it thinks that it is."""
 
 
 class BadRequest(Exception):
-    """The body is not what the call takes; the text says what it takes."""
+    """The body or the query is not what the call takes; the text says what it takes."""
 
 
 def build_control(control: Control) -> web.Application:
     """The application of the control socket."""
     calls = _Calls(control)
     table: tuple[tuple[str, str, Handler], ...] = (
-        ("GET", "/control/status", calls.status),
-        ("POST", "/control/mode", calls.mode),
-        ("POST", "/control/pin", calls.pin),
-        ("POST", "/control/unpin", calls.unpin),
-        ("POST", "/control/switch", calls.switch),
-        ("GET", "/control/eviction", calls.evictions),
-        ("POST", "/control/eviction", calls.set_eviction),
-        ("POST", "/control/sleep", calls.sleep),
-        ("POST", "/control/wake", calls.wake),
-        ("POST", "/control/stop", calls.stop),
-        ("POST", "/control/warmup", calls.warmup),
-        ("GET", "/control/events", calls.events),
-        ("GET", "/control/logs", calls.logs),
-        ("GET", "/control/config", calls.config),
+        ("GET", "/status", calls.status),
+        ("POST", "/mode", calls.mode),
+        ("POST", "/pin", calls.pin),
+        ("POST", "/unpin", calls.unpin),
+        ("POST", "/switch", calls.switch),
+        ("GET", "/eviction", calls.evictions),
+        ("POST", "/eviction", calls.set_eviction),
+        ("POST", "/sleep", calls.sleep),
+        ("POST", "/wake", calls.wake),
+        ("POST", "/stop", calls.stop),
+        ("POST", "/warmup", calls.warmup),
+        ("GET", "/events", calls.events),
+        ("GET", "/logs", calls.logs),
+        ("GET", "/config", calls.config),
     )
-    app = web.Application(middlewares=[_guard])
+    running = _Running()
+    app = web.Application(middlewares=[running.count, _answer_errors, _guard])
     for method, path, handler in table:
-        app.router.add_route(method, path, handler)
+        app.router.add_route(method, CONTROL_PREFIX + path, handler)
     app.on_response_prepare.append(_add_version)
+    app.on_shutdown.append(running.end)
     return app
 
 
@@ -65,39 +76,74 @@ async def _add_version(_request: web.Request, response: web.StreamResponse) -> N
     response.headers[VERSION_HEADER] = __version__
 
 
+class _Running:
+    """The calls that are being answered. Those left when the application is shut down are cut off, not waited for."""
+
+    def __init__(self) -> None:
+        self._calls: dict[asyncio.Task[Any], web.Request] = {}
+
+    @web.middleware
+    async def count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls[task] = request
+        try:
+            return await handler(request)
+        finally:
+            del self._calls[task]
+
+    async def end(self, _app: web.Application) -> None:
+        ending = [task for task, request in self._calls.items() if ENDLESS not in request]
+        if ending:
+            await asyncio.wait(ending, timeout=CLOSE_SECS)
+        for task in self._calls:
+            task.cancel()
+
+
 @web.middleware
-async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Keep browsers out, and turn what goes wrong into a status and a sentence."""
-    host = request.headers.get("Host", "").partition(":")[0]
-    if "Origin" in request.headers or host not in LOCAL_HOSTS:
-        return _error(403, "the control socket is not for browsers")
+async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn what goes wrong into a status and a sentence."""
     try:
         return await handler(request)
     except web.HTTPException as refusal:
+        if refusal.status == 404:
+            return _error(404, f"no such call: {request.method} {request.path}")
         if refusal.status == 405:
             return _error(405, f"{request.path} takes {', '.join(sorted(refusal.headers['Allow'].split(',')))}")
-        return _error(refusal.status, f"no such call: {request.method} {request.path}")
+        return _error(refusal.status, refusal.reason)
     except Exception as error:
-        status = _status_of(error)
-        if status is None:
-            log.exception("%s %s", request.method, request.path)
-            return _error(500, f"internal error: {error!r}")
-        return _error(status, str(error))
+        return _error(**_failure(error))
 
 
-def _status_of(error: BaseException) -> int | None:
-    """The status of a failure that is not the daemon's own fault; else None."""
-    statuses: Mapping[type[BaseException], int] = {
-        UnknownModel: 404,
-        NotAllowed: 403,
-        ControlFailed: 500,
-        BadRequest: 400,
-    }
-    return statuses.get(type(error))
+@web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let in only those who may steer, and no browser; note who does what."""
+    host = request.headers.get("Host", "").partition(":")[0].lower()
+    if "Origin" in request.headers or host not in LOCAL_HOSTS:
+        raise NotAllowed("the control socket is not for browsers: no Origin header, and localhost as Host")
+    peer = peer_of(request.transport)
+    if peer is not None:
+        path = request.transport.get_extra_info("sockname") if request.transport else ""
+        if not may_steer(peer, path):
+            raise NotAllowed(f"user {peer.uid} is not in the group of {path}")
+        if request.method == "POST":
+            log.info("%s by user %d (pid %d)", request.path, peer.uid, peer.pid)
+    return await handler(request)
 
 
-def _error(status: int, text: str) -> web.Response:
-    return web.json_response({"error": text}, status=status)
+def _failure(error: Exception) -> dict[str, Any]:
+    """Status, sentence and details of a failure. What nobody foresaw is logged, too."""
+    statuses: Mapping[type[Exception], int] = {NotAllowed: 403, ControlFailed: 500, BadRequest: 400}
+    if isinstance(error, UnknownModel):
+        return {"status": 404, "error": str(error), "known": list(error.known)}
+    if type(error) in statuses:
+        return {"status": statuses[type(error)], "error": str(error)}
+    log.error("a control call broke", exc_info=error)
+    return {"status": 500, "error": f"internal error: {error!r}"}
+
+
+def _error(status: int, error: str, **details: Any) -> web.Response:
+    return web.json_response({"error": error, **details}, status=status)
 
 
 class _Calls:
@@ -112,30 +158,38 @@ class _Calls:
     async def status(self, _request: web.Request) -> web.StreamResponse:
         return web.json_response(self._control.status())
 
-    async def evictions(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response(self._control.evictions())
+    async def evictions(self, request: web.Request) -> web.StreamResponse:
+        answer = self._control.evictions()
+        if "model" in request.query:
+            asked = request.query["model"]
+            name = self._control.resolve(asked)
+            if name is None:
+                raise UnknownModel(asked, list(answer["models"]))
+            answer = {"models": {name: answer["models"][name]}}
+        return web.json_response(answer)
 
     async def config(self, _request: web.Request) -> web.StreamResponse:
         return web.json_response(self._control.config_json())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": NDJSON})
-        await response.prepare(request)
-        async for event in self._control.subscribe():
-            await response.write(_line(event))
-        return response
+        request[ENDLESS] = True
+        return await stream(request, NDJSON, self._event_lines())
+
+    async def _event_lines(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._control.subscribe()) as events:
+            async for event in events:
+                yield _line(event)
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         model = request.query.get("model", "")
-        lines = request.query.get("lines", str(LOG_LINES))
-        if not model or not lines.isdecimal():
-            raise BadRequest("needs ?model=NAME, and a whole number as lines")
-        path = self._control.log_path(model)
-        response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
-        await response.prepare(request)
-        async for chunk in _read_log(path, int(lines), follow=request.query.get("follow") == "1"):
-            await response.write(chunk)
-        return response
+        lines = _whole_number(request.query.get("lines", str(LOG_LINES)))
+        follow = request.query.get("follow", "0")
+        if not model or lines is None or follow not in ("0", "1"):
+            raise BadRequest(f"takes ?model=NAME, lines=N (at most {MAX_LOG_LINES}) and follow=0|1")
+        if follow == "1":
+            request[ENDLESS] = True
+        chunks = read_log(self._control.log_path(model), lines, follow == "1")
+        return await stream(request, "text/plain; charset=utf-8", chunks)
 
     # Doing
 
@@ -145,7 +199,8 @@ class _Calls:
             raise BadRequest(f"unknown mode {body['mode']!r}; use auto or manual")
         return web.json_response(self._control.set_mode(body["mode"]))
 
-    async def unpin(self, _request: web.Request) -> web.StreamResponse:
+    async def unpin(self, request: web.Request) -> web.StreamResponse:
+        await _body(request)
         return web.json_response(self._control.unpin())
 
     async def set_eviction(self, request: web.Request) -> web.StreamResponse:
@@ -156,75 +211,81 @@ class _Calls:
 
     async def pin(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request, "model")
-        return await self._long(request, lambda tell: self._control.pin(body["model"], tell))
+        return await self._run(request, lambda tell: self._control.pin(body["model"], tell))
 
     async def switch(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request, "model")
-        return await self._long(request, lambda tell: self._control.switch(body["model"], tell))
+        return await self._run(request, lambda tell: self._control.switch(body["model"], tell))
 
     async def wake(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request, "model")
-        return await self._long(request, lambda tell: self._control.wake(body["model"], tell))
+        return await self._run(request, lambda tell: self._control.wake(body["model"], tell))
 
     async def stop(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request, "model")
-        return await self._long(request, lambda tell: self._control.stop(body["model"], tell))
+        return await self._run(request, lambda tell: self._control.stop(body["model"], tell))
 
     async def sleep(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request, "model", optional=("eviction",))
         eviction = None if body.get("eviction") is None else _eviction(body["eviction"])
-        return await self._long(request, lambda tell: self._control.sleep(body["model"], eviction, tell))
+        return await self._run(request, lambda tell: self._control.sleep(body["model"], eviction, tell))
 
     async def warmup(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request, optional=("models",))
         models = body.get("models")
         if models is not None and not (isinstance(models, list) and all(isinstance(m, str) for m in models)):
             raise BadRequest('"models" has to be a list of names')
-        return await self._long(request, lambda tell: self._control.warmup(models, tell))
+        return await self._run(request, lambda tell: self._control.warmup(models, tell))
 
-    async def _long(
-        self, request: web.Request, begin: Callable[[Progress], Awaitable[dict[str, Any]]]
-    ) -> web.StreamResponse:
+    async def _run(self, request: web.Request, operation: Operation) -> web.StreamResponse:
         """Run a long operation and tell of it, as one object or as NDJSON."""
-        steps: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        steps: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(STEP_BACKLOG)
+
+        def tell(step: dict[str, Any] | None) -> None:
+            if steps.full():
+                steps.get_nowait()
+            steps.put_nowait(step)
 
         async def run() -> dict[str, Any]:
             try:
-                return await begin(steps.put_nowait)
+                return {"result": "ok", **await operation(tell)}
+            except Exception as error:
+                return {"result": "failed", **_failure(error)}
             finally:
-                steps.put_nowait(None)
+                tell(None)
 
         task = asyncio.create_task(run())
+        # The loop itself keeps only a weak reference to a task.
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if NDJSON not in request.headers.get("Accept", ""):
-            return web.json_response(await asyncio.shield(task))
-        response = web.StreamResponse(headers={"Content-Type": NDJSON})
-        await response.prepare(request)
-        while (step := await steps.get()) is not None:
-            await response.write(_line(step))
-        await response.write(_line(await _result(task)))
-        return response
+        if NDJSON in request.headers.get("Accept", ""):
+            return await stream(request, NDJSON, _step_lines(steps, task))
+        outcome = await asyncio.shield(task)
+        return web.json_response(outcome) if outcome.pop("result") == "ok" else _error(**outcome)
 
 
-async def _result(task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
-    """The last line of an NDJSON answer."""
-    try:
-        return {"result": "ok", **await asyncio.shield(task)}
-    except Exception as error:
-        status = _status_of(error)
-        if status is None:
-            log.error("a control operation broke", exc_info=error)
-        return {"result": "failed", "status": status or 500, "error": str(error)}
+async def _step_lines(
+    steps: asyncio.Queue[dict[str, Any] | None], task: asyncio.Task[dict[str, Any]]
+) -> AsyncGenerator[bytes, None]:
+    while (step := await steps.get()) is not None:
+        yield _line(step)
+    yield _line(await asyncio.shield(task))
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
+def _whole_number(text: str) -> int | None:
+    """A number of lines; None if it is none, or too many."""
+    if not text.isdecimal() or len(text) > len(str(MAX_LOG_LINES)) or int(text) > MAX_LOG_LINES:
+        return None
+    return int(text)
+
+
 async def _body(request: web.Request, *required: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """The JSON object of a call. Raises BadRequest unless it has the keys that the call takes, as strings."""
-    takes = ", ".join([*required, *(f"{name} (optional)" for name in optional)])
+    takes = ", ".join([*required, *(f"{name} (optional)" for name in optional)]) or "nothing"
     text = await request.text()
     try:
         body = json.loads(text) if text.strip() else {}
@@ -246,49 +307,3 @@ def _eviction(value: Any) -> EvictionPolicy:
         return EvictionPolicy.parse(str(value))
     except ValueError as error:
         raise BadRequest(str(error)) from None
-
-
-async def _read_log(path: Path, lines: int, follow: bool) -> AsyncIterator[bytes]:
-    """The last lines of a log, then, if it is followed, what is added, until the client goes."""
-    position = 0
-    try:
-        with path.open("rb") as file:
-            position = _start_of_last(file, lines)
-    except FileNotFoundError:
-        if not follow:
-            return
-    while True:
-        try:
-            with path.open("rb") as file:
-                if file.seek(0, 2) < position:
-                    position = 0  # It was truncated or replaced.
-                file.seek(position)
-                while chunk := file.read(LOG_CHUNK_BYTES):
-                    position += len(chunk)
-                    yield chunk
-        except FileNotFoundError:
-            position = 0
-        if not follow:
-            return
-        await asyncio.sleep(LOG_POLL_SECS)
-
-
-def _start_of_last(file: BinaryIO, lines: int) -> int:
-    """The offset at which the last `lines` lines of a file begin, read backwards in chunks."""
-    at = file.seek(0, 2)
-    wanted = lines
-    first = True
-    while at > 0 and lines > 0:
-        begin = max(0, at - LOG_CHUNK_BYTES)
-        file.seek(begin)
-        chunk = file.read(at - begin)
-        # The newline that ends the last line begins no other.
-        end = len(chunk) - 1 if first and chunk.endswith(b"\n") else len(chunk)
-        first = False
-        while (newline := chunk.rfind(b"\n", 0, end)) >= 0:
-            wanted -= 1
-            if wanted == 0:
-                return begin + newline + 1
-            end = newline
-        at = begin
-    return at

@@ -26,6 +26,7 @@ _QUERY_TIMEOUT_SECS = 10.0
 _PARK_SINCE = (0, 17)
 _NOT_OFFERED = (400, 404, 405, 422, 501)
 _SHOWN_CHARS = 300
+_SAYS_DEAD = re.compile(r"EngineDeadError|EngineCore encountered an issue")
 
 WARMUPS: Mapping[str, Mapping[str, Any]] = {
     "/v1/completions": {"prompt": "Hello", "max_tokens": 1},
@@ -49,8 +50,8 @@ class Health(Enum):
     """No answer in time, or none that says anything: a busy engine may do that."""
 
 
-class Disconnected(EngineError):
-    """The connection broke before the answer was complete, or was never made: the engine may be dead."""
+class Suspect(EngineError):
+    """The engine may be dead: its connection broke before the answer was complete, or it says so itself."""
 
 
 class VllmApi:
@@ -77,7 +78,7 @@ class VllmApi:
         """Ask /health, for at most `timeout` seconds. Raises nothing."""
         try:
             status, _ = await self._call("GET", "/health", timeout=timeout)
-        except Disconnected as error:
+        except Suspect as error:
             cause = getattr(error.__cause__, "os_error", None)
             refused = isinstance(cause, (ConnectionRefusedError, FileNotFoundError))
             return Health.REFUSED if refused else Health.UNKNOWN
@@ -202,7 +203,7 @@ class VllmApi:
         except asyncio.TimeoutError as error:
             raise EngineError(FailureKind.TIMEOUT, f"{path} was not answered within {timeout} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Disconnected(FailureKind.REFUSED, f"{path}: {error or type(error).__name__}") from error
+            raise Suspect(FailureKind.REFUSED, f"{path}: {error or type(error).__name__}") from error
 
 
 def can_park(version: str | None) -> bool:
@@ -212,6 +213,8 @@ def can_park(version: str | None) -> bool:
 
 
 def _refusal(call: str, status: int, text: str) -> EngineError:
+    if _SAYS_DEAD.search(text):
+        return Suspect(FailureKind.REFUSED, f"{call} answered {status}: {_message(text)}")
     kind = FailureKind.OUT_OF_MEMORY if says_out_of_memory(text) else FailureKind.REFUSED
     return EngineError(kind, f"{call} answered {status}: {_message(text)}")
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from llmuxd.core.events import FailureKind
 from llmuxd.core.eviction import EvictionPolicy, WeightStrategy
-from llmuxd.engine.api import Disconnected, Health, VllmApi, can_park
+from llmuxd.engine.api import Health, Suspect, VllmApi, can_park
 from llmuxd.engine.errors import EngineError, log_says_out_of_memory
 from llmuxd.engine.logtail import tail_lines
 from llmuxd.engine.process import EngineProcess
@@ -223,6 +223,7 @@ class Engine:
         if run.over.done():
             raise EngineError(FailureKind.DIED, run.over.result())
         spec = self.spec
+        shutil.rmtree(spec.rpc_dir, ignore_errors=True)
         try:
             make_private_folder(spec.rpc_dir)
         except OSError as error:
@@ -299,8 +300,8 @@ class Engine:
             if task.done():
                 try:
                     return task.result()
-                except Disconnected:
-                    # A dying engine closes its connections before it is seen dead.
+                except Suspect:
+                    # A dying engine fails its requests before it is seen dead.
                     await asyncio.wait([run.over], timeout=_DEATH_CERTAIN_SECS)
                     if not run.over.done():
                         raise

@@ -1,11 +1,13 @@
-"""The TCP side: the OpenAI-compatible port. It reads a request's model, waits at the gate, and relays.
+"""The proxy: the clients' HTTP on one side, the engines' on the other, the gate in between.
 
-Who waits and who goes is decided in `llmuxd.core`.
+Requests and answers pass byte for byte. `routes`, `extract`, `headers` and `errors` are pure; `connection` is the
+listening side, `upstream` the way to the engines, `relay` one request's path through all of it, and `handler` puts
+them together. When a request may pass is the core's to say, behind `llmuxd.gate`.
 """
 
 from __future__ import annotations
 
-from llmuxd.proxy.clients import Site, serve_proxy
-from llmuxd.proxy.proxy import build_proxy
+from llmuxd.proxy.connection import Site, serve_proxy
+from llmuxd.proxy.handler import build_proxy
 
 __all__ = ["Site", "build_proxy", "serve_proxy"]

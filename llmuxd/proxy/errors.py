@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
+
+from aiohttp import web
 
 from llmuxd.gate import Refused
 
-CONTENT_TYPE = "application/json"
 _SHOWN_CHARS = 200
 
 
@@ -22,10 +24,17 @@ class Rejected(Refused):
 
 
 def model_not_found(name: str, known: Iterable[str]) -> Rejected:
-    """404 for a name that is not configured."""
-    models = ", ".join(known) or "none"
-    message = f"The model `{name[:_SHOWN_CHARS]}` does not exist. Known models: {models}"
+    """404 for a name that is not configured; the message has the known ones, and the nearest of them."""
+    name, models = name[:_SHOWN_CHARS], list(known)
+    nearest = difflib.get_close_matches(name, models, n=1)
+    question = f" Did you mean `{nearest[0]}`?" if nearest else ""
+    message = f"The model `{name}` does not exist.{question} Known models: {', '.join(models) or 'none'}"
     return Rejected(404, "model_not_found", message, "model")
+
+
+def internal_error() -> Refused:
+    """500: the fault is here, and its log has the rest."""
+    return Refused(500, "internal_error", "server_error", "internal error")
 
 
 def error_body(refused: Refused) -> bytes:
@@ -39,9 +48,11 @@ def error_body(refused: Refused) -> bytes:
     return json.dumps({"error": error}).encode()
 
 
-def error_headers(refused: Refused) -> Mapping[str, str]:
-    """Retry-After in whole seconds, where waiting helps."""
-    headers = {"Content-Type": CONTENT_TYPE}
+def error_response(refused: Refused) -> web.Response:
+    """The answer, with Retry-After in whole seconds where waiting helps."""
+    response = web.Response(
+        status=refused.status, body=error_body(refused), headers={"Content-Type": "application/json"}
+    )
     if refused.retry_after is not None:
-        headers["Retry-After"] = str(max(0, math.ceil(refused.retry_after)))
-    return headers
+        response.headers["Retry-After"] = str(max(0, math.ceil(refused.retry_after)))
+    return response

@@ -7,6 +7,7 @@ of a name, the last), so that the engine which is woken is the engine that is me
 from __future__ import annotations
 
 import json
+import re
 from email.message import Message
 from email.parser import BytesHeaderParser
 from typing import Any
@@ -15,6 +16,7 @@ from urllib.parse import parse_qs
 from llmuxd.proxy.errors import Rejected
 
 _PART_HEAD_BYTES = 16 * 1024
+_DELIMITER_END = re.compile(rb"(--)|[ \t]*\r\n")
 
 
 def model_of(override: str | None, query: str, content_type: str, encoded: bool, body: bytes) -> str:
@@ -48,12 +50,12 @@ def _of_json(body: bytes) -> str:
         value: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Rejected(400, "invalid_json", f"the body is not valid JSON: {error}") from error
-    if not isinstance(value, dict) or "model" not in value:
+    model = value.get("model") if isinstance(value, dict) else None
+    if model is None or model == "":
         raise _no_model()
-    model = value["model"]
     if not isinstance(model, str):
         raise Rejected(400, "invalid_model", "`model` is not a string", "model")
-    return model or _raise(_no_model())
+    return model
 
 
 def _of_form(header: Message, body: bytes) -> str:
@@ -61,10 +63,10 @@ def _of_form(header: Message, body: bytes) -> str:
     if not boundary or not boundary.isascii():
         raise Rejected(400, "invalid_form", "the multipart body has no boundary")
     model = _form_field(body, boundary.encode(), "model")
-    if model is None:
+    if not model:
         raise _no_model()
     try:
-        return model.decode() or _raise(_no_model())
+        return model.decode()
     except UnicodeDecodeError as error:
         raise Rejected(400, "invalid_model", "the form's `model` is not UTF-8", "model") from error
 
@@ -72,28 +74,38 @@ def _of_form(header: Message, body: bytes) -> str:
 def _form_field(body: bytes, boundary: bytes, name: str) -> bytes | None:
     """The last field of that name. Only the heads of the parts are copied: the parts may be large files."""
     found: bytes | None = None
-    delimiter = b"\r\n--" + boundary
-    at = len(delimiter) - 2 if body.startswith(delimiter[2:]) else _after(body, delimiter, 0)
-    while at >= 0 and not body.startswith(b"--", at):
-        end = body.find(delimiter, at)
-        if end < 0:
+    line = b"\r\n--" + boundary
+    at_start = _DELIMITER_END.match(body, len(line) - 2) if body.startswith(line[2:]) else None
+    opening = at_start or _delimiter(body, line, 0)
+    while opening is not None and not opening[1]:
+        # The line break that ends this delimiter may begin the next one, if the part has neither head nor body.
+        closing = _delimiter(body, line, opening.end() - 2)
+        if closing is None:
             raise Rejected(400, "invalid_form", "the multipart body ends in the middle of a part")
-        head_end = body.find(b"\r\n\r\n", at, min(end + 2, at + _PART_HEAD_BYTES))
+        part_end = closing.start() - len(line)
+        head_end = body.find(b"\r\n\r\n", opening.end() - 2, min(part_end, opening.end() + _PART_HEAD_BYTES))
         if head_end < 0:
             raise Rejected(400, "invalid_form", "a part of the multipart body has no head")
-        line_end = body.find(b"\r\n", at)
-        head = BytesHeaderParser().parsebytes(body[line_end + 2 : head_end])
+        head = BytesHeaderParser().parsebytes(body[opening.end() : head_end])
         if head.get_param("name", header="content-disposition") == name:
             if head.get_filename() is not None:
                 raise Rejected(400, "invalid_model", f"the form's `{name}` is a file", name)
-            found = body[head_end + 4 : end]
-        at = end + len(delimiter)
+            found = body[head_end + 4 : part_end]
+        opening = closing
     return found
 
 
-def _after(body: bytes, delimiter: bytes, start: int) -> int:
-    at = body.find(delimiter, start)
-    return at if at < 0 else at + len(delimiter)
+def _delimiter(body: bytes, line: bytes, at: int) -> re.Match[bytes] | None:
+    """What ends the next delimiter from `at` on; group 1 if no part follows it.
+
+    A delimiter is a whole line: what the boundary is only the beginning of does not count.
+    """
+    while (at := body.find(line, at)) >= 0:
+        at += len(line)
+        end = _DELIMITER_END.match(body, at)
+        if end is not None:
+            return end
+    return None
 
 
 def _no_model() -> Rejected:
@@ -103,7 +115,3 @@ def _no_model() -> Rejected:
         "no model is named: set `model` in the body, `?model=`, or a `model-override` header",
         "model",
     )
-
-
-def _raise(error: Rejected) -> str:
-    raise error

@@ -1,13 +1,16 @@
-"""Which headers pass, in both directions, and the ones that are added. Pure."""
+"""Which headers pass, in both directions. Pure."""
 
 from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 
+MODEL_OVERRIDE = "model-override"
 REQUEST_ID = "x-request-id"
+SERVER_TIMING = "Server-Timing"
 
 _HOP_BY_HOP = frozenset(
     {
@@ -22,47 +25,48 @@ _HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-"""RFC 9110, section 7.6.1, and what is used in practice: they concern one connection, not the message."""
+# The credentials are the clients' with this daemon, and so is the host. The length is that of the body as it is sent
+# on, which is read whole before, so nobody waits for a 100.
+_NOT_FORWARDED = frozenset(
+    {"authorization", "x-api-key", "cookie", MODEL_OVERRIDE, "host", "content-length", "expect", REQUEST_ID}
+)
 
-_NOT_FOR_ENGINES = _HOP_BY_HOP | {
-    "host",
-    "content-length",
-    "expect",
-    "authorization",
-    "x-api-key",
-    "cookie",
-    "model-override",
-    REQUEST_ID,
-}
-"""A client's secrets stay here; length and host are set anew for the engine's connection."""
-
-_GOOD_ID = re.compile(r"[!-~]{1,128}")
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 
 
-def to_engine(headers: CIMultiDictProxy[str], request_id: str) -> CIMultiDict[str]:
-    """The headers of a request as its engine gets them."""
-    passed = _without(headers, _NOT_FOR_ENGINES)
+RawHeaders = Sequence[tuple[bytes, bytes]]
+"""As aiohttp's parser keeps them: with the spelling of their names."""
+
+
+def request_id(given: str) -> str:
+    """The client's own, if it is one that may stand in any log; else a new one."""
+    return given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def to_engine(headers: RawHeaders, request_id: str) -> CIMultiDict[str]:
+    """The headers of a client's request, as its engine gets them."""
+    passed = _passed(headers, _NOT_FORWARDED)
     passed[REQUEST_ID] = request_id
     return passed
 
 
-def to_client(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    """The headers of an answer as the client gets them, before ours are added."""
-    return _without(headers, _HOP_BY_HOP | {REQUEST_ID})
-
-
-def request_id_of(headers: CIMultiDictProxy[str]) -> str:
-    """The client's own id if it is one that can be logged and passed on, else a new one."""
-    given = headers.get(REQUEST_ID, "")
-    return given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
+def to_client(headers: RawHeaders, request_id: str) -> CIMultiDict[str]:
+    """The headers of an engine's answer, as its client gets them. A length is kept; framing is the server's."""
+    framed = any(name.lower() == b"transfer-encoding" for name, _ in headers)
+    passed = _passed(headers, frozenset({"content-length"}) if framed else frozenset())
+    passed[REQUEST_ID] = request_id
+    return passed
 
 
 def server_timing(queue_secs: float, switch_secs: float) -> str:
-    """The Server-Timing header: what of the waiting was queue, and of that what was a switch. In milliseconds."""
+    """The value of Server-Timing, in milliseconds."""
     return f"queue;dur={queue_secs * 1000:.1f}, switch;dur={switch_secs * 1000:.1f}"
 
 
-def _without(headers: CIMultiDictProxy[str], names: frozenset[str]) -> CIMultiDict[str]:
-    connection = headers.get("Connection", "").lower()
-    named = {name.strip() for name in connection.split(",")} if connection else set()
-    return CIMultiDict((k, v) for k, v in headers.items() if (low := k.lower()) not in names and low not in named)
+def _passed(raw: RawHeaders, stopped: frozenset[str]) -> CIMultiDict[str]:
+    headers = [(name.decode(), value.decode("utf-8", "surrogateescape")) for name, value in raw]
+    named = {
+        part.strip().lower() for name, value in headers if name.lower() == "connection" for part in value.split(",")
+    }
+    out = _HOP_BY_HOP | stopped | named
+    return CIMultiDict((name, value) for name, value in headers if name.lower() not in out)

@@ -16,14 +16,15 @@ from llmuxd.proxy.errors import Rejected
 
 _TREES = ("/v1/", "/v2/", "/inference/v1/")
 _PATHS = frozenset({"/tokenize", "/detokenize", "/pooling", "/classify", "/score", "/rerank"})
-_OPERATORS_OWN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-"""Under /v1, but they change the engine for everybody."""
+_OPERATORS_OWN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests"})
+"""In those trees, but they change the engine, or end requests, for everybody."""
 
 _MODELS = "/v1/models"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 # What RFC 3986 allows in a path, less the escapes and the parameters, which servers take apart in different ways.
-_PATH = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,=:@-]+)+/?")
+_SEGMENT = r"[A-Za-z0-9._~!$&'()*+,=:@-]+"
+_PATH = re.compile(rf"/(?:{_SEGMENT}(?:/{_SEGMENT})*/?)?")
 _QUERY = re.compile(r"[\x21\x22\x24-\x7e]*")
 _MODEL_ID = re.compile(r"[\x21\x22\x24-\x7e]+")
 _SHOWN_CHARS = 200
@@ -50,7 +51,7 @@ class Route:
 def route(method: str, target: str) -> Route:
     """Decide by the method and the raw request target. Raises Rejected for what is not served."""
     if method not in _METHODS:
-        raise Rejected(405, "method_not_allowed", f"{method[:_SHOWN_CHARS]} is not served")
+        raise Rejected(400, "unsupported_method", f"{method[:_SHOWN_CHARS]} is not served")
     path, question, query = target.partition("?")
     if (question and not query) or not _QUERY.fullmatch(query):
         raise _malformed(target)
@@ -63,8 +64,9 @@ def route(method: str, target: str) -> Route:
         if method not in ("GET", "HEAD"):
             raise Rejected(405, "method_not_allowed", f"{path} is read with GET")
         return Route(Action.HEALTH if path == "/health" else Action.LIST_MODELS, path, query)
-    listed = path in _PATHS or path.startswith(_TREES)
-    if not listed or path.rstrip("/") in _OPERATORS_OWN:
+    # vLLM answers a slash at the end with a redirect to its own address, which no client can reach.
+    listed = path in _PATHS or (path.startswith(_TREES) and not path.endswith("/"))
+    if not listed or path in _OPERATORS_OWN:
         raise Rejected(404, "unknown_url", f"there is no {method} {path[:_SHOWN_CHARS]} here")
     return Route(Action.FORWARD, path, query)
 

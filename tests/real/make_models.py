@@ -1,8 +1,8 @@
 """Make the models that the tests serve: small Llamas with random weights, each with a seed of its own.
 
 Run by setup-vllm.sh in the venv of vLLM: `make_models.py FOLDER`. Nothing is downloaded. Two are tiny, for what
-only has to answer; two are big enough that a stream of theirs lasts for seconds on two cores. Of each pair, each
-model answers a prompt differently, so that a test sees which one it was.
+only has to answer; one is big enough that a stream of its lasts for seconds on two cores. Each answers a prompt
+differently, so that a test sees which one it was.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 VOCABULARY = 1024
 MAX_LENGTH = 4096
@@ -24,8 +25,7 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% 
 MODELS = {
     "tiny-a": (1, 256, 2, 4),
     "tiny-b": (2, 256, 2, 4),
-    "big-a": (3, 1024, 8, 8),
-    "big-b": (4, 1024, 8, 8),
+    "big": (3, 1024, 8, 8),
 }
 
 
@@ -60,6 +60,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main(folder: Path) -> None:
+    disable_progress_bar()
     tokens = tokenizer()
     for name, (seed, hidden, layers, heads) in MODELS.items():
         torch.manual_seed(seed)

