@@ -34,8 +34,6 @@ STEP_BACKLOG = 1000
 """Steps kept for a client that reads too slowly; older ones are dropped."""
 CLOSE_SECS = 1.0
 """How long calls may go on once the application is shut down."""
-ENDLESS = "endless"
-"""Marks a request whose answer ends only with its client."""
 LOCAL_HOSTS = frozenset(("", "localhost", "127.0.0.1", "unix", "llmux", "llmuxd"))
 """What a Host header may say on a Unix socket; a page in a browser says where it thinks that it is."""
 
@@ -46,7 +44,8 @@ class BadRequest(Exception):
 
 def build_control(control: Control) -> web.Application:
     """The application of the control socket."""
-    calls = _Calls(control)
+    running = _Running()
+    calls = _Calls(control, running)
     table: tuple[tuple[str, str, Handler], ...] = (
         ("GET", "/status", calls.status),
         ("POST", "/mode", calls.mode),
@@ -63,7 +62,6 @@ def build_control(control: Control) -> web.Application:
         ("GET", "/logs", calls.logs),
         ("GET", "/config", calls.config),
     )
-    running = _Running()
     app = web.Application(middlewares=[running.count, _answer_errors, _guard])
     for method, path, handler in table:
         app.router.add_route(method, CONTROL_PREFIX + path, handler)
@@ -80,24 +78,35 @@ class _Running:
     """The calls that are being answered. Those left when the application is shut down are cut off, not waited for."""
 
     def __init__(self) -> None:
-        self._calls: dict[asyncio.Task[Any], web.Request] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._endless: set[asyncio.Task[Any]] = set()
 
     @web.middleware
     async def count(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        task = asyncio.current_task()
-        assert task is not None
-        self._calls[task] = request
+        task = _this_task()
+        self._tasks.add(task)
         try:
             return await handler(request)
         finally:
-            del self._calls[task]
+            self._tasks.discard(task)
+            self._endless.discard(task)
+
+    def is_endless(self) -> None:
+        """Said by a call whose answer ends only with its client: it is not worth waiting for."""
+        self._endless.add(_this_task())
 
     async def end(self, _app: web.Application) -> None:
-        ending = [task for task, request in self._calls.items() if ENDLESS not in request]
+        ending = self._tasks - self._endless
         if ending:
             await asyncio.wait(ending, timeout=CLOSE_SECS)
-        for task in self._calls:
+        for task in self._tasks:
             task.cancel()
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 @web.middleware
@@ -149,8 +158,9 @@ def _error(status: int, error: str, **details: Any) -> web.Response:
 class _Calls:
     """One method per call."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, running: _Running) -> None:
         self._control = control
+        self._running = running
         self._tasks: set[asyncio.Task[dict[str, Any]]] = set()
 
     # Seeing
@@ -172,7 +182,7 @@ class _Calls:
         return web.json_response(self._control.config_json())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        request[ENDLESS] = True
+        self._running.is_endless()
         return await stream(request, NDJSON, self._event_lines())
 
     async def _event_lines(self) -> AsyncGenerator[bytes, None]:
@@ -187,7 +197,7 @@ class _Calls:
         if not model or lines is None or follow not in ("0", "1"):
             raise BadRequest(f"takes ?model=NAME, lines=N (at most {MAX_LOG_LINES}) and follow=0|1")
         if follow == "1":
-            request[ENDLESS] = True
+            self._running.is_endless()
         chunks = read_log(self._control.log_path(model), lines, follow == "1")
         return await stream(request, "text/plain; charset=utf-8", chunks)
 

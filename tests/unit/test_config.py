@@ -1,21 +1,37 @@
-"""Reading configurations: what is accepted, and what is said of what is not."""
+"""Reading configurations: what is accepted, what it becomes, what is warned of, how it is shown."""
 
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 
-from llmuxd.config import KEYS, ConfigError, describe, load_config, parse_config
+from llmuxd.config import ConfigError, describe, load_config, nearest, parse_config
 from llmuxd.core.eviction import EvictionPolicy
 
-EXAMPLE = Path(__file__).parents[2] / "etc" / "llmux.toml"
 A = {"model_path": "org/a"}
 
-# As llmux 0.7 documents it.
-JSON_OF_0_7 = {
+# The example of llmux 0.7's README.
+README_OF_0_7 = """
+{
+  "models": {
+    "qwen-14b": {
+      "model_path": "Qwen/Qwen3-14B",
+      "port": 8001,
+      "eviction": { "weights": "offload", "process": "keep_running" }
+    },
+    "gemma-12b": {
+      "model_path": "google/gemma-3-12b-it",
+      "port": 8002,
+      "eviction": { "weights": "discard", "process": "keep_running" }
+    }
+  },
+  "port": 3000
+}
+"""
+
+# Every key that llmux 0.7 has.
+ALL_OF_0_7 = {
     "models": {
         "llama-7b": {
             "model_path": "meta-llama/Llama-2-7b-chat-hf",
@@ -27,235 +43,229 @@ JSON_OF_0_7 = {
             "model_path": "mistralai/Mistral-7B-Instruct-v0.2",
             "port": 8002,
             "eviction": {"weights": "discard", "process": "checkpoint"},
-            "checkpoint_path": None,
+            "checkpoint_path": "/tmp/llmux-checkpoints/mistral-7b/images",
         },
     },
     "checkpoint": {
-        "criu_path": "criu",
-        "cuda_plugin_dir": "/usr/lib/criu/",
-        "images_dir": "/tmp/llmux-checkpoints",
-        "cuda_checkpoint_path": "cuda-checkpoint",
-        "keep_images": True,
+        "criu_path": "/opt/criu",
+        "cuda_plugin_dir": "/opt/plugins/",
+        "images_dir": "/srv/images",
+        "cuda_checkpoint_path": "/opt/cuda-checkpoint",
+        "keep_images": False,
         "object_store": {
             "endpoint": "http://localhost:9200",
             "bucket": "b",
-            "access_key": "AK",
-            "secret_key": "SK",
+            "access_key": "hush-a",
+            "secret_key": "hush-s",
         },
     },
     "policy": {
         "policy_type": "cost_aware",
-        "request_timeout_secs": 300,
-        "drain_before_switch": True,
-        "eviction": {"weights": "offload", "process": "keep_running"},
+        "request_timeout_secs": 60,
+        "drain_before_switch": False,
+        "eviction": {"weights": "retain", "process": "stop"},
+        "min_active_secs": 1,
+        "coalesce_window_ms": 3,
+        "amortization_factor": 1,
+        "max_wait_secs": 4,
+        "tick_interval_ms": 5,
+        "min_quantum_ms": 6,
     },
-    "port": 3000,
-    "metrics_port": 9090,
+    "port": 3100,
+    "metrics_port": 0,
     "admin_port": 3001,
-    "vllm_command": "vllm",
-    "warmup": False,
+    "vllm_command": "/opt/vllm",
 }
 
 
-def problems(data: dict) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        parse_config(data, "f.toml", {})
-    return [str(problem) for problem in caught.value.problems]
-
-
-def test_the_json_of_llmux_0_7_loads_unchanged(tmp_path):
+def test_the_readme_of_llmux_0_7_loads_unchanged(tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(JSON_OF_0_7))
+    file.write_text(README_OF_0_7)
     config = load_config(file, {})
-    assert list(config.models) == ["llama-7b", "mistral-7b"]
-    assert config.models["llama-7b"].eviction == EvictionPolicy.parse("offload+keep_running")
-    assert config.models["llama-7b"].extra_args == ("--gpu-memory-utilization", "0.9")
-    assert config.models["mistral-7b"].port == 8002
+    assert [(m.name, m.model_path, m.port, str(m.eviction)) for m in config.models.values()] == [
+        ("qwen-14b", "Qwen/Qwen3-14B", 8001, "offload+keep_running"),
+        ("gemma-12b", "google/gemma-3-12b-it", 8002, "discard+keep_running"),
+    ]
+    assert (config.port, config.metrics_port, config.warnings) == (3000, 9090, ())
+
+
+def test_every_key_of_llmux_0_7_is_taken(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(ALL_OF_0_7))
+    config = load_config(file, {})
+    expected = json.loads(json.dumps(ALL_OF_0_7))
+    del expected["admin_port"]
+    expected["vllm_command"] = ["/opt/vllm"]
+    for model in expected["models"].values():
+        model["eviction"] = "+".join(model["eviction"].values())
+    expected["policy"]["eviction"] = "retain+stop"
+    expected["checkpoint"]["object_store"] |= {"access_key": "***", "secret_key": "***"}
+    assert_within(expected, describe(config))
     assert config.checkpoint.object_store is not None
     assert config.checkpoint.object_store.region == "us-east-1"
-    assert [w.split(" ")[0] for w in config.warnings] == ["admin_port", "policy.policy_type", "mistral-7b:"]
+    assert [warning.split(" ")[0] for warning in config.warnings] == [
+        "admin_port",
+        "policy.policy_type",
+        "models.mistral-7b.eviction",
+        "models.mistral-7b.checkpoint_path",
+    ]
 
 
-def test_toml_with_everything(tmp_path):
+def assert_within(part, whole):
+    """Assert that all of `part` is in `whole`, which may hold more."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            assert_within(value, whole[key])
+    else:
+        assert part == whole
+
+
+def test_null_is_what_is_not_set():
+    data = {"models": {"a": {**A, "checkpoint_path": None}}, "admin_port": None, "checkpoint": None}
+    config = parse_config(data, "f.json", {})
+    assert config.models["a"].checkpoint_path is None
+    assert config.warnings == ()
+
+
+def test_toml_with_everything_of_ours(tmp_path):
     file = tmp_path / "llmux.toml"
     file.write_text(
         """
         port = 8080
         vllm_command = ["python3", "-m", "x"]
+        start_timeout_secs = 7
         [policy]
         eviction = "discard+stop"
         min_active_secs = 2.5
-        [models.a]
+        [models.b]
         model_path = "org/a"
         aliases = ["x", "y"]
-        env = { K = "v" }
-        [models."org/b:1"]
+        env = { K = "v", EMPTY = "" }
+        max_in_flight = 3
+        max_queue = 4
+        ttl_secs = 0.5
+        [models."org/a:1"]
         model_path = "/srv/b"
         eviction = "retain+keep_running"
         start_timeout_secs = 9
         """
     )
     config = load_config(file, {"LLMUX_RUNTIME_DIR": "/r", "LLMUX_STATE_DIR": "/s"})
+    first, second = config.models.values()
     assert (config.port, config.vllm_command) == (8080, ("python3", "-m", "x"))
-    assert config.models["a"].aliases == ("x", "y")
-    assert config.models["a"].env == {"K": "v"}
-    assert str(config.models["a"].eviction) == "discard+stop"
-    assert config.models["a"].start_timeout_secs == 1800
-    assert str(config.models["org/b:1"].eviction) == "retain+keep_running"
-    assert config.models["org/b:1"].start_timeout_secs == 9
+    assert (first.name, first.aliases, first.env) == ("b", ("x", "y"), {"K": "v", "EMPTY": ""})
+    assert (first.max_in_flight, first.max_queue, first.ttl_secs) == (3, 4, 0.5)
+    assert (str(first.eviction), first.start_timeout_secs) == ("discard+stop", 7)
+    assert (second.name, str(second.eviction), second.start_timeout_secs) == ("org/a:1", "retain+keep_running", 9)
     assert config.policy.min_active_secs == 2.5
     assert (str(config.runtime_dir), str(config.state_dir)) == ("/r", "/s")
     assert str(config.control_socket) == "/r/control.sock"
     assert config.warnings == ()
 
 
-def test_conf_d_adds_to_the_file_and_may_not_contradict_it(tmp_path):
-    (tmp_path / "llmux.toml").write_text("port = 1\n")
-    (tmp_path / "conf.d").mkdir()
-    (tmp_path / "conf.d" / "a.toml").write_text('[models.a]\nmodel_path = "p"\n')
-    (tmp_path / "conf.d" / "ignored.txt").write_text("nonsense")
-    assert list(load_config(tmp_path / "llmux.toml", {}).models) == ["a"]
-    (tmp_path / "conf.d" / "b.toml").write_text("port = 2\n")
-    with pytest.raises(ConfigError, match=r"b\.toml: port: is set in .*llmux\.toml already"):
-        load_config(tmp_path / "llmux.toml", {})
+def test_nothing_is_a_configuration():
+    config = parse_config({}, environ={})
+    assert (config.models, config.port, config.listen, config.metrics_port) == ({}, 3000, "127.0.0.1", 9090)
+    assert config.policy.eviction == EvictionPolicy.parse("offload+keep_running")
+    assert (str(config.runtime_dir), str(config.state_dir)) == ("/run/llmux", "/var/lib/llmux")
+    assert str(config.control_socket) == "/run/llmux/control.sock"
+
+
+def test_folders_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config({}, environ={"LLMUX_RUNTIME_DIR": "r", "LLMUX_STATE_DIR": "s"})
+    assert (config.runtime_dir, config.state_dir) == (tmp_path / "r", tmp_path / "s")
+    assert config.control_socket == tmp_path / "r" / "control.sock"
+
+
+def test_the_environment_of_the_process_is_the_default(monkeypatch):
+    monkeypatch.setenv("LLMUX_RUNTIME_DIR", "/elsewhere")
+    assert str(parse_config({}).runtime_dir) == "/elsewhere"
+
+
+@pytest.mark.parametrize("port", [0, 65535])
+def test_any_free_port_and_the_last_one(port):
+    assert parse_config({"port": port}, environ={}).port == port
+
+
+def test_no_port_of_either_kind_is_no_collision():
+    config = parse_config({"port": 0, "metrics_port": 0}, environ={})
+    assert (config.port, config.metrics_port) == (0, 0)
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("written", "meant"),
     [
-        ({"prot": 1}, "f.toml: prot: unknown key; did you mean 'port'?"),
-        ({"zzz": 1}, "f.toml: zzz: unknown key; allowed: "),
-        ({"port": "3000"}, 'f.toml: port: found "3000"; allowed: a port, 0 to 65535'),
-        ({"port": True}, "f.toml: port: found true; allowed: a port, 0 to 65535"),
-        ({"port": 70000}, "f.toml: port: found 70000; allowed: a port, 0 to 65535"),
-        ({"warmup": 1}, "f.toml: warmup: found 1; allowed: true or false"),
-        ({"listen": ""}, 'f.toml: listen: found ""; allowed: an address of this machine'),
-        ({"vllm_command": []}, "f.toml: vllm_command: found []; allowed: a string, or a list of strings"),
-        ({"vllm_command": ["a", 1]}, 'f.toml: vllm_command: found ["a", 1]; allowed: '),
-        ({"control_socket": "x.sock"}, 'f.toml: control_socket: found "x.sock"; allowed: an absolute path'),
-        ({"max_queue": 0}, "f.toml: max_queue: found 0; allowed: a whole number, 1 or more"),
-        ({"start_timeout_secs": 0}, "f.toml: start_timeout_secs: found 0; allowed: a number of seconds above 0"),
-        ({"policy": []}, "f.toml: policy: found []; allowed: a table"),
-        ({"policy": {"min_active_secs": -1}}, "f.toml: policy.min_active_secs: found -1; allowed: "),
-        ({"policy": {"min_active_secs": float("nan")}}, "f.toml: policy.min_active_secs: found NaN; allowed: "),
-        ({"policy": {"max_wait_secs": float("inf")}}, "f.toml: policy.max_wait_secs: found Infinity; allowed: "),
-        ({"policy": {"max_wait_secs": True}}, "f.toml: policy.max_wait_secs: found true; allowed: "),
-        ({"policy": {"policy_type": "fifi"}}, "f.toml: policy.policy_type: found \"fifi\" (did you mean 'fifo'?)"),
-        ({"policy": {"evict": "x"}}, "f.toml: policy.evict: unknown key; did you mean 'eviction'?"),
-        ({"policy": {"eviction": "offload"}}, 'f.toml: policy.eviction: found "offload"; allowed: "WEIGHTS+PROCESS"'),
-        ({"policy": {"eviction": {"weight": "x"}}}, "f.toml: policy.eviction: found {"),
-        ({"policy": {"eviction": {"weights": "melt"}}}, "f.toml: policy.eviction: found {"),
-        ({"models": 3}, "f.toml: models: found 3; allowed: a table"),
-        ({"models": {"a": "p"}}, 'f.toml: models.a: found "p"; allowed: a table with model_path'),
-        ({"models": {"a": {}}}, "f.toml: models.a.model_path: is missing; allowed: a string that is not empty"),
-        ({"models": {"": A}}, 'f.toml: models."": a model\'s name has to be printable and not empty'),
-        ({"models": {"a\n": A}}, 'f.toml: models."a\\n": a model\'s name has to be printable and not empty'),
-        ({"models": {"a": {**A, "modelpath": 1}}}, "f.toml: models.a.modelpath: unknown key; did you mean 'model_path'?"),
-        ({"models": {"a": {**A, "gpus": [0]}}}, "f.toml: models.a.gpus: is not supported yet"),
-        ({"models": {"a": {**A, "port": 3000}}}, "f.toml: models.a.port: found 3000, which port has already"),
-        ({"models": {"a": {**A, "port": 9090}}}, "f.toml: models.a.port: found 9090, which metrics_port has already"),
-        ({"models": {"a": {**A, "env": {"A": 1}}}}, 'f.toml: models.a.env: found {"A": 1}; allowed: a table of strings'),
-        ({"models": {"a": {**A, "env": {"A=B": "1"}}}}, "f.toml: models.a.env: found "),
-        ({"models": {"a": {**A, "env": 3}}}, "f.toml: models.a.env: found 3"),
-        ({"models": {"a": {**A, "extra_args": "--x"}}}, 'f.toml: models.a.extra_args: found "--x"; allowed: a list'),
-        (
-            {"models": {"a": {**A, "extra_args": ["--port=1"]}}},
-            'f.toml: models.a.extra_args: found "--port=1", which llmuxd decides: use models.NAME.port',
-        ),
-        (
-            {"models": {"a": {**A, "extra_args": ["--served_model_name", "x"]}}},
-            'f.toml: models.a.extra_args: found "--served_model_name", which llmuxd decides',
-        ),
-        ({"port": 5, "metrics_port": 5}, "f.toml: metrics_port: found 5, which is the other one's port, too"),
-        ({"port": 9090}, "f.toml: port: found 9090, which is the other one's port, too"),
-        ({"checkpoint": {"object_store": {"bucket": "b"}}}, "f.toml: checkpoint.object_store.endpoint: is missing"),
-        ({"vllm_command": "x" * 99}, None),
-        ({"listen": ["y" * 99]}, 'f.toml: listen: found ["' + "y" * 54 + " ...; allowed"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_said(data, said):
-    if said is None:
-        parse_config(data, "f.toml", {})
-    else:
-        assert any(problem.startswith(said) for problem in problems(data)), problems(data)
-
-
-def test_names_are_unique_over_models_and_aliases():
-    models = {"a": {**A, "aliases": ["b"]}, "b": {**A, "aliases": ["c", "c"]}, "d": {**A, "aliases": ["c"]}}
-    assert problems({"models": models}) == [
-        'f.toml: models.a.aliases: found "b", which is the name of a model already',
-        'f.toml: models.b.aliases: found "c", which is an alias of b already',
-        'f.toml: models.d.aliases: found "c", which is an alias of b already',
-    ]
-
-
-def test_ports_of_engines_differ():
-    models = {"a": {**A, "port": 8001}, "b": {**A, "port": 8001}}
-    assert problems({"models": models}) == ["f.toml: models.b.port: found 8001, which models.a.port has already"]
-
-
-def test_every_problem_is_found_at_once():
-    assert len(problems({"port": "x", "prot": 1, "models": {"a": {"port": 0}}})) == 4
-
-
-def test_secrets_are_neither_shown_in_errors_nor_described():
-    data = {"checkpoint": {"object_store": {"secret_key": ["hush"]}}}
-    assert not any("hush" in problem for problem in problems(data))
-    shown = json.dumps(describe(parse_config(JSON_OF_0_7, "f", {})))
-    assert '"SK"' not in shown
-    assert '"AK"' not in shown
-    assert json.loads(shown)["models"]["llama-7b"]["eviction"] == "offload+keep_running"
-
-
-def test_an_open_address_is_warned_of():
-    assert parse_config({"listen": "127.0.0.1"}, "f", {}).warnings == ()
-    assert parse_config({"listen": "localhost"}, "f", {}).warnings == ()
-    (warning,) = parse_config({"listen": "0.0.0.0"}, "f", {}).warnings
-    assert "anyone who reaches this address" in warning
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("f.toml", b"port = = 3", "is not TOML: .*line 1"),
-        ("f.toml", b'{"port": 3}', "if it is llmux 0.7's JSON, let its name end in .json"),
-        ("f.json", b"{]", "is not JSON: .*line 1 column 2"),
-        ("f.json", b"[1]", r"found \[1\]; allowed: an object"),
-        ("f.toml", b"\xff\xfe", r"is not UTF-8 \(byte 0\)"),
+        ("offload+keep_running", "offload+keep_running"),
+        ("discard + stop", "discard+stop"),
+        ({"weights": "retain", "process": "stop"}, "retain+stop"),
     ],
 )
-def test_files_that_cannot_be_parsed(tmp_path, name, content, said):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=said):
-        load_config(tmp_path / name)
+def test_evictions_are_written_either_way(written, meant):
+    data = {"policy": {"eviction": written}, "models": {"a": A, "b": {**A, "eviction": written}}}
+    config = parse_config(data, environ={})
+    assert {str(model.eviction) for model in config.models.values()} == {meant}
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
-        load_config(tmp_path / "none.toml")
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_loopback_address_is_not_warned_of(address):
+    assert parse_config({"listen": address}, environ={}).warnings == ()
 
 
-class TestExample:
-    def test_it_is_valid_and_has_no_models(self):
-        assert load_config(EXAMPLE, {}).models == {}
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "10.0.0.1", "gpu-box.lan"])
+def test_an_open_address_is_warned_of(address):
+    (warning,) = parse_config({"listen": address}, environ={}).warnings
+    assert warning == f'listen = "{address}": anyone who reaches this address may use the models'
 
-    def test_it_has_every_key(self):
-        text = EXAMPLE.read_text()
-        for key in KEYS:
-            if key.path != "admin_port":
-                assert re.search(rf"^#{key.path.rpartition('.')[2]} = ", text, re.MULTILINE), key.path
 
-    def test_its_defaults_are_the_defaults(self, tmp_path):
-        """With every line in force, and the model's taken out, nothing has changed."""
-        file = tmp_path / "llmux.toml"
-        text = re.sub(r"^#(\w+ = |\[)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
-        file.write_text(text)
-        full = describe(load_config(file, {}))
-        default = describe(load_config(EXAMPLE, {}))
-        assert full.pop("models").keys() == {"qwen"}
-        assert full["checkpoint"].pop("object_store")["bucket"] == "checkpoints"
-        default.pop("models")
-        default["checkpoint"].pop("object_store")
-        assert full.pop("vllm_command") == ["/opt/vllm/bin/vllm"]
-        assert default.pop("vllm_command") == ["vllm"]
-        assert full == default
+@pytest.mark.parametrize("process", ["cuda_suspend", "checkpoint"])
+def test_evictions_that_are_carried_out_as_a_stop_are_warned_of(process):
+    data = {"policy": {"eviction": f"retain+{process}"}, "models": {"a": A, "b": {**A, "eviction": "discard+stop"}}}
+    (warning,) = parse_config(data, environ={}).warnings
+    assert warning == f"models.a.eviction retain+{process} is not supported yet: the engine is stopped"
+
+
+@pytest.mark.parametrize("name", ["cost_aware", "time_slice"])
+def test_policies_of_0_7_are_warned_of_until_they_are_known(name):
+    data = {"policy": {"policy_type": name}}
+    (warning,) = parse_config(data, environ={}).warnings
+    assert warning == f'policy.policy_type "{name}" is not supported yet: fifo is used'
+    config = parse_config(data, environ={}, known_policies=("fifo", name))
+    assert (config.policy.policy_type, config.warnings) == (name, ())
+
+
+def test_known_policies_are_for_files_too(tmp_path):
+    file = tmp_path / "f.toml"
+    file.write_text('policy.policy_type = "ours"\n')
+    assert load_config(file, {}, known_policies=["ours"]).policy.policy_type == "ours"
+    with pytest.raises(ConfigError, match=r'found "ours"; allowed: fifo, cost_aware, time_slice$'):
+        load_config(file, {})
+
+
+def test_the_description_is_json_without_secrets():
+    env = {"HF_TOKEN": "hush", "OPENAI_API_KEY": "hush", "DB_PASSWORD": "hush", "HF_HOME": "/srv", "MONKEY": "m"}
+    data = {**ALL_OF_0_7, "models": {"a": {**A, "env": env, "port": 8001, "aliases": ["b"]}}}
+    config = parse_config(data, environ={})
+    text = json.dumps(describe(config))
+    assert "hush" not in text
+    shown = json.loads(text)
+    masked = {"HF_TOKEN": "***", "OPENAI_API_KEY": "***", "DB_PASSWORD": "***", "HF_HOME": "/srv", "MONKEY": "m"}
+    assert shown["models"]["a"]["env"] == masked
+    assert shown["models"]["a"]["aliases"] == ["b"]
+    assert shown["policy"]["eviction"] == "retain+stop"
+    assert shown["control_socket"] == "/run/llmux/control.sock"
+    assert shown["checkpoint"]["object_store"]["secret_key"] == "***"
+    assert config.checkpoint.object_store is not None
+    assert config.checkpoint.object_store.secret_key == "hush-s", "only the description is masked"
+
+
+def test_the_description_of_no_object_store_is_null():
+    assert describe(parse_config({}, environ={}))["checkpoint"]["object_store"] is None
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("prot", "port"), ("PORT", "port"), ("max-queue", "max_queue"), ("zzz", None), ("", None)],
+)
+def test_the_nearest_word(word, meant):
+    assert nearest(word, {"port", "max_queue", "listen"}) == meant

@@ -1,0 +1,251 @@
+"""A real `llmuxd` process over simulated engines, which are real processes too.
+
+Everything lives under one folder; every process is ended by its pid, and that none is left is asserted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmuxd.sim.ledger import GIB, Ledger
+
+DEADLINE_SECS = 20.0
+DEVICE = 24 * GIB
+
+
+def until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE_SECS) -> Any:
+    """Poll until `condition` gives something true; fails with `what` if it does not in time."""
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"not in {deadline:g} s: {what}")
+
+
+@dataclass
+class Answer:
+    """An HTTP answer, read to its end."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def text(self) -> str:
+        """The text of a completion."""
+        return str(self.json["choices"][0]["text"])
+
+
+@dataclass
+class Daemon:
+    """One llmuxd and its folder."""
+
+    home: Path
+    models: dict[str, dict[str, Any]]
+    top: dict[str, Any] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] = field(init=False)
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger.create(self.home / "device", DEVICE)
+        self.socket = self.home / "run" / "control.sock"
+        self.log = self.home / "llmuxd.log"
+        (self.home / "faults").mkdir()
+
+    def fault(self, model: str, text: str) -> None:
+        """Set the faults of a model's engine, now and for its next starts."""
+        (self.home / "faults" / model).write_text(text)
+
+    def config(self) -> dict[str, Any]:
+        models = {}
+        for name, extra in self.models.items():
+            env = {
+                "LLMUX_SIM_SCALE": "0",
+                "LLMUX_SIM_LEDGER": str(self.home / "device"),
+                "LLMUX_SIM_FAULT_FILE": str(self.home / "faults" / name),
+                "LLMUX_SIM_ORPHAN_SECS": "30",
+                **extra.get("env", {}),
+            }
+            models[name] = {"model_path": f"sim/{name}", **extra, "env": env}
+        return {
+            "port": self.port,
+            "metrics_port": 0,
+            "vllm_command": [sys.executable, "-m", "llmuxd.sim.vllm"],
+            "stop_timeout_secs": 5,
+            "shutdown_timeout_secs": 5,
+            **self.top,
+            "policy": {"min_active_secs": 0, "request_timeout_secs": 30, **self.policy},
+            "models": models,
+        }
+
+    def start(self, wait: bool = True) -> Daemon:
+        """Start it on a free port, and wait until it serves."""
+        self.port = free_port()
+        file = self.home / "config.json"
+        file.write_text(json.dumps(self.config()))
+        env = {
+            **os.environ,
+            "LLMUX_RUNTIME_DIR": str(self.home / "run"),
+            "LLMUX_STATE_DIR": str(self.home / "state"),
+        }
+        with self.log.open("ab") as log:
+            argv = [sys.executable, "-m", "llmuxd", "--config", str(file), "--log-level", "debug"]
+            self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        if wait:
+            until(self._serves, "llmuxd serves")
+        return self
+
+    def _serves(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        with contextlib.suppress(OSError):
+            return self.get("/health").status == 200
+        return False
+
+    # Clients
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_SECS * 2)
+        try:
+            payload = json.dumps(body).encode() if isinstance(body, dict) else body
+            connection.request(method, path, payload, {"Content-Type": "application/json", **(headers or {})})
+            answer = connection.getresponse()
+            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> Answer:
+        return self.request("GET", path)
+
+    def ask(self, model: str, prompt: str = "hello", tokens: int = 3, **more: Any) -> Answer:
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, **more}
+        return self.request("POST", "/v1/completions", body)
+
+    def stream(self, model: str, tokens: int) -> Stream:
+        return Stream(self.port, {"model": model, "prompt": "x", "max_tokens": tokens, "stream": True})
+
+    # Operators
+
+    def ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "llmuxctl", "--socket", str(self.socket), *words]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_SECS * 2)
+
+    def status(self) -> dict[str, Any]:
+        done = self.ctl("--json", "status")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def model(self, name: str) -> dict[str, Any]:
+        return self.status()["models"][name]
+
+    def engine_metric(self, model: str, name: str) -> float:
+        """A figure of the engine itself, asked for past the daemon."""
+        path = self.model(model)["endpoint"].removeprefix("unix:")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            client.connect(path)
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            text = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    # Processes
+
+    def tree(self) -> list[psutil.Process]:
+        """The daemon's descendants."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def engine_pids(self, model: str) -> tuple[int, int]:
+        """The API server, its EngineCore."""
+        server = psutil.Process(self.model(model)["pid"])
+        return server.pid, server.children()[0].pid
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(DEADLINE_SECS)
+
+    def sweep(self) -> list[str]:
+        """End what is left of it; what that was. Engines are found by the folder that their environment names."""
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.home) in " ".join(process.cmdline()) or self._holds(process.pid):
+                    left.append(" ".join(process.cmdline()))
+                    process.kill()
+        return left
+
+    def _holds(self, pid: int) -> bool:
+        return pid in self.ledger.held()
+
+
+class Stream:
+    """A stream of completions being read."""
+
+    def __init__(self, port: int, body: dict[str, Any]) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_SECS)
+        self._connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        self._answer = self._connection.getresponse()
+        self.status = self._answer.status
+
+    def events(self) -> Iterator[Any]:
+        """Each event, as JSON or as `[DONE]`."""
+        for line in self._answer:
+            if line.startswith(b"data: "):
+                text = line[6:].strip()
+                yield "[DONE]" if text == b"[DONE]" else json.loads(text)
+
+    def close(self) -> None:
+        """Leave, in the middle of it."""
+        self._answer.close()
+        self._connection.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Caller(threading.Thread):
+    """One request in the background."""
+
+    def __init__(self, call: Callable[[], Answer]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self.answer: Answer | None = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.answer = self._call()
+        except BaseException as error:
+            self.error = error
+
+    def result(self) -> Answer:
+        self.join(DEADLINE_SECS * 2)
+        assert self.error is None, self.error
+        assert self.answer is not None, "still waiting"
+        return self.answer
