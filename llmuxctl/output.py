@@ -113,7 +113,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, no_color=True if os.environ.get("NO_COLOR") else None, highlight=False)
+    return Console(stderr=stderr, no_color=bool(os.environ.get("NO_COLOR")), highlight=False)
 
 
 def _show_on_terminal(rows: Sequence[Sequence[str]], errors: dict[str, str]) -> None:

@@ -44,7 +44,10 @@ async def serve(config: Config, on_ready: Callable[[App, int], None] | None = No
     async with AsyncExitStack() as stack:
         stack.enter_context(_folders(config))
         stack.enter_context(signals.caught(loop))
-        app = build_app(config)
+        try:
+            app = build_app(config)
+        except ValueError as error:
+            raise CannotServe(str(error)) from error
         # Registered first, so that it comes last: the sockets answer until every engine is gone.
         control = await _listen(serve_control(app.control, config.control_socket), str(config.control_socket))
         stack.push_async_callback(control)

@@ -115,9 +115,9 @@ def _environment(value: Any) -> Mapping[str, str]:
         if not name or "=" in name or not _passable(name):
             raise Wrong(f"the name {shown(name)}")
         if not isinstance(text, str):
-            raise Wrong(f"{name} with a value of the type {type(text).__name__}")
+            raise Wrong(f"{shown(name)} with a value of the type {type(text).__name__}")
         if not _passable(text):
-            raise Wrong(f"{name} with a value that no variable can hold")
+            raise Wrong(f"{shown(name)} with a value that no variable can hold")
     return dict(value)
 
 

@@ -52,6 +52,7 @@ class Engines:
         model.held = self._state.claim(model)
         self._enter(model, c.StopEngine, S.STOPPING, now, grace, reason)
         model.asleep_by = None
+        model.suspect_until = 0.0
         self._state.out.append(c.StopEngine(model.name, op, grace))
 
     # Events. Each returns whether the event was current; a void one has changed nothing.

@@ -108,6 +108,16 @@ def test_nothing_is_sent_to_an_engine_whose_death_is_not_known_yet():
     assert play.tick(3.5) == ["forward 1", "forward 2"]
 
 
+def test_once_the_death_is_known_a_quick_restart_is_not_held_up():
+    play = Play()
+    play.awake("a")
+    play.ask(1, 1, "a")
+    play.at(2, e.RequestBounced(1))
+    play.dies(2.1, "a")
+    assert play.done(2.2, "a") == ["start a"]
+    assert play.done(2.3, "a") == ["forward 1"]
+
+
 def test_a_retried_request_gets_its_waiting_time_anew():
     play = Play()
     play.awake("a")

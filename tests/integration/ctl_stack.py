@@ -237,10 +237,16 @@ class Served:
         if not self._thread.is_alive():
             return
         self.release()
-        self.call(self._close())
+        self.call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        await self._close()
+        # Transports that are being closed need a turn of the loop to be so.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     def call(self, coroutine: Any) -> Any:
         """Run something in the loop."""

@@ -314,10 +314,11 @@ def test_credentials_are_checked_even_if_the_mode_of_the_socket_was_loosened(
 
 def test_a_connection_over_tcp_has_no_peer() -> None:
     async def ask() -> None:
-        server = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
-        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
+        server = await asyncio.start_server(lambda _, accepted: accepted.close(), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
         assert peer.peer_of(writer.transport) is None
         assert peer.peer_of(None) is None
+        assert await reader.read() == b""
         writer.close()
         server.close()
 
@@ -369,7 +370,10 @@ def test_a_socket_left_behind_is_replaced(folder: Path) -> None:
 
     async def check() -> None:
         close = await serve_control(build_control(Desk(folder)), path)
-        _, writer = await asyncio.open_unix_connection(str(path))
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(b"GET /control/status HTTP/1.0\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"200"
+        await reader.read()
         writer.close()
         await close()
 

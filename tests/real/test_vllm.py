@@ -14,7 +14,7 @@ import pytest
 
 from tests.real.stack import GREEDY, Stack, complete, until
 
-STREAM_TOKENS = 150
+STREAM_TOKENS = 100
 
 # vLLM's paths that clients may use; every other one is the operator's.
 FOR_CLIENTS = ("/v1/", "/v2/", "/inference/v1/")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.real.stack import GREEDY, Stack, complete, stack, until
 
-TOKENS = 150
+TOKENS = 60
 
 
 def stream(client: openai.OpenAI, model: str, tokens: int) -> Any:

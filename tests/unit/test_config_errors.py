@@ -107,7 +107,8 @@ def policy(**values):
         (model(extra_args=["--seed", 1]), 'models.a.extra_args: found ["--seed", 1]; '),
         (model(env={"A=B": "1"}), 'models.a.env: found the name "A=B"; allowed: a table of strings'),
         (model(env={"": "1"}), 'models.a.env: found the name ""; '),
-        (model(env={"A": "\0"}), "models.a.env: found A with a value that no variable can hold; "),
+        (model(env={"A": "\0"}), "models.a.env: found \"A\" with a value that no variable can hold; "),
+        (model(env={"A\x1f": 1}), 'models.a.env: found "A\\u001f" with a value of the type int; '),
         (model(env=3), "models.a.env: found a value of the type int; "),
         # What has to be there
         ({"models": {"a": {}}}, "models.a.model_path: is missing; allowed: a string that is not empty"),

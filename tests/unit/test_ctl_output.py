@@ -15,6 +15,12 @@ from llmuxctl.output import clean, duration, plain_table, show_status
 
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 NAME = "a-model-with-quite-a-long-name"
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def _at_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +73,7 @@ def _model(**known: Any) -> dict[str, Any]:
         "eviction": "offload+keep_running",
         "asleep_by": None,
         "pid": 4194304,
-        "since": time.time() - 200,
+        "since": NOW - 200,
         "last_error": None,
         "retry_in_secs": None,
     }
