@@ -31,7 +31,7 @@ OWN_ARGUMENTS = {
     "--port": "use models.NAME.port",
     "--uds": "each engine gets a socket of its own",
     "--served-model-name": "use the model's name and models.NAME.aliases",
-    "--enable-sleep-mode": "it is added where the platform has it; --no-enable-sleep-mode takes it away",
+    "--root-path": "it would give the engine's development endpoints a second name",
     "--api-key": "llmuxd alone reaches the engines, and would be locked out",
 }
 """Arguments of `vllm serve` that llmuxd sets or that would cut it off from its engine, and why each may not be set."""

@@ -41,7 +41,6 @@ class Bench:
     def engine(self, name: str = "m", **more: Any) -> Engine:
         env = {
             "LLMUX_SIM_SCALE": "0",
-            "LLMUX_SIM_LEDGER": str(self.folder / "ledger"),
             **more.pop("env", {}),
         }
         spec = EngineSpec(
@@ -475,7 +474,7 @@ def test_an_exit_with_code_0_that_nobody_asked_for(bench: Bench) -> None:
 
 
 def test_death_in_mid_operation(bench: Bench) -> None:
-    engine = bench.engine(env={"LLMUX_SIM_FAULTS": "hang_on_sleep"})
+    engine = bench.engine(env={"LLMUX_SIM_FAULTS": "hang_sleep"})
 
     async def test() -> None:
         await engine.start(1, START_SECS)
