@@ -116,7 +116,12 @@ def main() -> None:
 @_json_option
 @_pass
 def status(session: Session) -> None:
-    """Show models, engines, queues and devices."""
+    """Show models, engines, queues and devices.
+
+    \b
+    llmuxctl status
+    llmuxctl status --json | jq '.models[].engine'
+    """
     answer = session.client.get("status")
     if session.as_json:
         print(json.dumps(answer, indent=2))
@@ -130,7 +135,7 @@ def status(session: Session) -> None:
 @click.option("-n", "--lines", type=click.IntRange(0), default=50, show_default=True, help="Begin with so many.")
 @_pass
 def logs(session: Session, model: str, follow: bool, lines: int) -> None:
-    """Print the log of a model's engine.
+    """Print the log of MODEL's engine, as it is. It goes on when the engine is started again.
 
     \b
     llmuxctl logs qwen -n 200
@@ -150,7 +155,7 @@ def logs(session: Session, model: str, follow: bool, lines: int) -> None:
 @_json_option
 @_pass
 def version(session: Session) -> None:
-    """Print the versions of llmuxctl and of the daemon."""
+    """Print the versions of llmuxctl and of the daemon, if it runs."""
     daemon = None
     try:
         daemon = session.client.get("status")["version"]
@@ -206,7 +211,14 @@ def _tell(steps: Iterator[dict[str, Any]]) -> dict[str, Any]:
 @_json_option
 @_pass
 def switch(session: Session, model: str) -> None:
-    """Make MODEL awake now, without the cooldown. In manual mode it becomes the pinned one."""
+    """Make MODEL awake now, without the cooldown. In manual mode it becomes the pinned one.
+
+    The steps are told while it runs. Ctrl-C ends the telling, not the switch.
+
+    \b
+    llmuxctl switch qwen
+    llmuxctl switch qwen --json
+    """
     _run(session, "switch", model=model)
 
 
@@ -215,7 +227,11 @@ def switch(session: Session, model: str) -> None:
 @_json_option
 @_pass
 def wake(session: Session, model: str) -> None:
-    """Make MODEL awake, in its turn, as a request for it would."""
+    """Make MODEL awake, in its turn, as a request for it would.
+
+    \b
+    llmuxctl wake qwen
+    """
     _run(session, "wake", model=model)
 
 
@@ -239,7 +255,11 @@ def sleep(session: Session, model: str, eviction: str | None) -> None:
 @_json_option
 @_pass
 def stop(session: Session, model: str) -> None:
-    """Let MODEL finish what it has in flight, and stop its engine. A second time: at once."""
+    """Let MODEL finish what it has in flight, and stop its engine. A second time: at once.
+
+    \b
+    llmuxctl stop qwen
+    """
     _run(session, "stop", model=model)
 
 
@@ -248,7 +268,12 @@ def stop(session: Session, model: str) -> None:
 @_json_option
 @_pass
 def warmup(session: Session, models: tuple[str, ...]) -> None:
-    """Warm each MODEL (all, if none is named): start it, one inference, put it to sleep."""
+    """Warm each MODEL (all, if none is named): start it, one inference, put it to sleep.
+
+    \b
+    llmuxctl warmup
+    llmuxctl warmup qwen mistral
+    """
     _run(session, "warmup", models=list(models) or None)
 
 
@@ -257,7 +282,12 @@ def warmup(session: Session, models: tuple[str, ...]) -> None:
 @_json_option
 @_pass
 def pin(session: Session, model: str) -> None:
-    """Make MODEL awake and keep it so: manual mode, requests for other models are refused."""
+    """Make MODEL awake and keep it so: manual mode, requests for other models are refused.
+
+    \b
+    llmuxctl pin qwen
+    llmuxctl unpin
+    """
     _run(session, "pin", model=model)
 
 
@@ -274,7 +304,12 @@ def unpin(session: Session) -> None:
 @_json_option
 @_pass
 def mode(session: Session, mode: str) -> None:
-    """Switch by the policy (auto), or only when an operator says so (manual)."""
+    """Switch by the policy (auto), or only when an operator says so (manual).
+
+    \b
+    llmuxctl mode manual
+    llmuxctl mode auto
+    """
     session.show(session.client.post("mode", mode=mode))
 
 
@@ -289,6 +324,9 @@ def eviction(session: Session, model: str | None, policy: str | None) -> None:
     \b
     WEIGHTS: retain, offload (sleep level 1), discard (level 2)
     PROCESS: keep_running, cuda_suspend, checkpoint, stop
+
+    \b
+    llmuxctl eviction
     llmuxctl eviction qwen discard+keep_running
     """
     if model is not None and policy is not None:

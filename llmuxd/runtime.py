@@ -255,7 +255,8 @@ class Runtime:
 def _log_notice(notice: c.Notice) -> None:
     extra = {"model": getattr(notice, "model", None) or getattr(notice, "target", None)}
     if isinstance(notice, c.EngineChanged):
-        reason = f": {notice.reason}" if notice.reason else ""
+        # The whole of a long reason, an engine's last words, is told once: where the switch fails for it.
+        reason = f": {notice.reason.splitlines()[0]}" if notice.reason else ""
         level = logging.WARNING if notice.new.value == "failed" else logging.INFO
         text = f"{notice.model}: {notice.old.value} -> {notice.new.value} after {notice.seconds:.1f} s{reason}"
         log.log(level, text, extra=extra)

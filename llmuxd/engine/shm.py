@@ -30,20 +30,12 @@ def existing() -> frozenset[FileId]:
 
 def in_use_by(procs: Iterable[Proc]) -> set[FileId]:
     """This user's files in /dev/shm that the processes have open or mapped."""
-    paths: set[str] = set()
+    inodes: set[int] = set()
     for proc in procs:
-        found = _paths_of(proc.pid)
+        found = _inodes_of(proc.pid)
         if is_alive(proc):
-            paths |= found
-    found_files = set()
-    for path in paths:
-        try:
-            status = os.lstat(path)
-        except OSError:
-            continue
-        if status.st_uid == os.getuid():
-            found_files.add((path, status.st_ino))
-    return found_files
+            inodes |= found
+    return {(path, inode) for path, inode in existing() if inode in inodes and _is_ours(path)}
 
 
 def remove_leftovers(files: Iterable[FileId]) -> list[str]:
@@ -56,8 +48,8 @@ def remove_leftovers(files: Iterable[FileId]) -> list[str]:
         return []
     for name in os.listdir(PROC):
         if name.isdigit():
-            used = _paths_of(int(name))
-            left = {(path, inode) for path, inode in left if path not in used}
+            used = _inodes_of(int(name))
+            left = {(path, inode) for path, inode in left if inode not in used}
     removed = []
     for path, _ in sorted(left):
         try:
@@ -68,23 +60,30 @@ def remove_leftovers(files: Iterable[FileId]) -> list[str]:
     return removed
 
 
-def _paths_of(pid: int) -> set[str]:
-    """The paths in /dev/shm that a process has open or mapped; none if it is not ours to look into."""
+def _is_ours(path: str) -> bool:
+    try:
+        return os.lstat(path).st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def _inodes_of(pid: int) -> set[int]:
+    """The inodes in /dev/shm that a process has open or mapped; none if it is not ours to look into.
+
+    Not the paths: glibc makes a semaphore under a name that it then replaces, and that is the one /proc shows.
+    """
     prefix = SHM + "/"
-    paths: set[str] = set()
+    inodes: set[int] = set()
     try:
         for fd in os.listdir(f"{PROC}/{pid}/fd"):
             try:
-                target = os.readlink(f"{PROC}/{pid}/fd/{fd}")
+                if os.readlink(f"{PROC}/{pid}/fd/{fd}").startswith(prefix):
+                    inodes.add(os.stat(f"{PROC}/{pid}/fd/{fd}").st_ino)
             except FileNotFoundError:
                 continue
-            if target.startswith(prefix):
-                paths.add(target)
         with open(f"{PROC}/{pid}/maps", "rb") as maps:
-            for line in maps:
-                position = line.find(prefix.encode())
-                if position >= 0:
-                    paths.add(os.fsdecode(line[position:].rstrip(b"\n")))
+            # address, permissions, offset, device, inode, path
+            inodes |= {int(line.split(maxsplit=5)[4]) for line in maps if prefix.encode() in line}
     except OSError:
         pass
-    return paths
+    return inodes

@@ -113,10 +113,11 @@ class EngineSpec:
         files, under a name that depends on nothing but the socket's folder and the model.
         """
         beside = self.socket_dir / (slug(self.name, 64) + _RPC_SUFFIX)
-        if len(os.fsencode(beside)) + 1 + _ZMQ_NAME_BYTES <= SOCKET_PATH_LIMIT:
-            return beside
         digest = hashlib.sha256(os.fsencode(beside.absolute())).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"llmux-{os.getuid()}-{digest}"
+        name = f"llmux-{os.getuid()}-{digest}"
+        candidates = (beside, Path(tempfile.gettempdir()) / name)
+        fitting = (p for p in candidates if len(os.fsencode(p)) + 1 + _ZMQ_NAME_BYTES <= SOCKET_PATH_LIMIT)
+        return next(fitting, Path("/tmp") / name)
 
 
 def slug(name: str, limit: int) -> str:

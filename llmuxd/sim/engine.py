@@ -37,13 +37,15 @@ _WORDS = [
 ]
 
 _CORE = """
-import os, sys, time
-parent, left = os.getppid(), float(sys.argv[1])
+import os, signal, sys, time
+parent, left = os.getppid(), [float(sys.argv[1])]
+signal.signal(signal.SIGTERM, lambda *_: left.append(0.0))
 while os.getppid() == parent:
     time.sleep(0.05)
-time.sleep(left)
+time.sleep(left[-1])
 """
-"""What the child runs: nothing. It outlives a parent that was killed, for a while, as vLLM's workers may."""
+"""What the child runs: nothing. It outlives a parent that was killed, for a while, as vLLM's workers may; one that
+ends as it should asks it, by SIGTERM, not to."""
 
 LEAVE_POLL_SECS = 0.02
 

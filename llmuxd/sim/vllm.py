@@ -94,8 +94,7 @@ async def _serve(engine: Engine, listener: socket.socket) -> int:
     finally:
         asked.cancel()
         if hasattr(engine, "core"):
-            engine.core.kill()
-            engine.core.wait()
+            engine.core.terminate()
 
 
 async def _load(engine: Engine) -> bool:

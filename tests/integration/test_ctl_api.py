@@ -252,7 +252,8 @@ def test_hosts_that_curl_and_other_clients_send(stack: Served, host: str) -> Non
 def test_an_error_of_the_daemon_itself_is_told_and_logged(
     stack: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stack.desk, "status", lambda: {}["x"])
+    broken: dict[str, Any] = {}
+    monkeypatch.setattr(stack.desk, "status", lambda: broken["x"])
     assert _ask(stack, "GET", "/control/status") == (500, {"error": "internal error: KeyError('x')"})
     assert "KeyError" in caplog.text
 

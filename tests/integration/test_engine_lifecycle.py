@@ -35,7 +35,6 @@ class Bench:
         self.deaths: list[tuple[int, str]] = []
         self.died_at: list[float] = []
         self.seen: set[psutil.Process] = set()
-        self.shm_before = set(os.listdir("/dev/shm"))
         self.engines: list[Engine] = []
 
     def engine(self, name: str = "m", **more: Any) -> Engine:
@@ -83,7 +82,6 @@ class Bench:
         marked = [process.pid for process in psutil.process_iter() if str(self.folder) in _environ(process)]
         assert not marked
         assert list((self.folder / "e").iterdir()) == []
-        assert set(os.listdir("/dev/shm")) <= self.shm_before
 
     def run(self, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run the test in an event loop, stop its engines, and see that nothing is left."""

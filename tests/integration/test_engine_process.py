@@ -221,3 +221,18 @@ def test_shared_memory_of_the_killed_is_removed_and_no_other(spawn: Spawn) -> No
     finally:
         for path in (theirs, used, *ours):
             path.unlink(missing_ok=True)
+
+
+def test_a_file_is_known_by_its_inode_not_by_its_name():
+    """glibc makes a semaphore under one name, links it to another and removes the first: /proc shows the first."""
+    first = f"/dev/shm/llmux-test-{os.getpid()}"
+    second = f"{first}.linked"
+    mine = proctable.read_stat(os.getpid())
+    assert mine is not None
+    with open(first, "w"):
+        os.link(first, second)
+        os.unlink(first)
+        used = shm.in_use_by([mine.proc])
+        assert second in {path for path, _ in used}
+        assert shm.remove_leftovers(used) == [], "somebody uses it"
+    assert shm.remove_leftovers({file for file in used if file[0] == second}) == [second]

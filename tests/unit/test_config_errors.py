@@ -145,9 +145,7 @@ def test_what_is_wrong_is_said(data, said):
     assert problem.startswith(said)
 
 
-@pytest.mark.parametrize(
-    "argument", ["--port", "--uds", "--host", "--served-model-name", "--root-path", "--api-key"]
-)
+@pytest.mark.parametrize("argument", ["--port", "--uds", "--host", "--served-model-name", "--root-path", "--api-key"])
 @pytest.mark.parametrize(
     "spell", [str, lambda flag: f"{flag}=hush", lambda flag: flag[:2] + flag[2:].replace("-", "_")]
 )
@@ -161,7 +159,9 @@ def test_arguments_that_are_ours_are_refused_with_the_reason(argument, spell):
     assert "hush" not in problem
 
 
-@pytest.mark.parametrize("argument", ["--port-range", "--enable-sleep-mode", "--no-enable-sleep-mode", "--hostile=1", "port", "--model=x"])
+@pytest.mark.parametrize(
+    "argument", ["--port-range", "--enable-sleep-mode", "--no-enable-sleep-mode", "--hostile=1", "port", "--model=x"]
+)
 def test_other_arguments_are_not(argument):
     assert parse_config(model(extra_args=[argument]), environ={}).models["a"].extra_args == (argument,)
 
