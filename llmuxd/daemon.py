@@ -7,9 +7,10 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,8 +54,9 @@ async def serve(config: Config, on_ready: Callable[[App, int], None] | None = No
         stack.push_async_callback(control)
         shutdown = asyncio.create_task(_shut_down_when_asked(app, config, signals, notifier))
         stack.push_async_callback(_finish, shutdown, signals)
-        if config.warmup and not await _warm_up(app, signals):
-            return
+        with _reserved(config.listen, config.port, config.metrics_port):
+            if config.warmup and not await _warm_up(app, signals):
+                return
         if app.metrics is not None:
             stack.push_async_callback(await _serve_metrics(app.metrics, config))
         where = f"{config.listen}:{config.port}"
@@ -138,6 +140,27 @@ async def _serve_metrics(app: web.Application, config: Config) -> Callable[[], A
     site = web.TCPSite(runner, config.listen, config.metrics_port)
     await _listen(site.start(), f"{config.listen}:{config.metrics_port} (metrics_port)")
     return runner.cleanup
+
+
+@contextmanager
+def _reserved(host: str, *ports: int) -> Iterator[None]:
+    """Hold the ports without listening on them yet: a warm-up takes minutes, and must not find them taken then.
+
+    Raises CannotServe if one is taken already.
+    """
+    with ExitStack() as stack:
+        for port in filter(None, ports):
+            try:
+                for family, kind, number, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+                    holder = stack.enter_context(socket.socket(family, kind, number))
+                    # Set, as on the listening socket: that is what lets it take over from this one.
+                    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    holder.bind(address)
+            except OSError as error:
+                raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        yield
 
 
 async def _listen(listening: Awaitable[_T], where: str) -> _T:

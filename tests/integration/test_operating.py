@@ -146,6 +146,9 @@ class TestWarmup:
         until(stack.socket.exists, "the control socket is there first")
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.1", stack.port))
+        # Nobody else gets the port meanwhile.
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", stack.port))
         until(stack._serves, "it serves")
         assert {model["engine"] for model in stack.status()["models"].values()} == {"asleep"}
 
