@@ -6,6 +6,8 @@ registry of its own, so that several stacks can live in one process.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -38,11 +40,11 @@ class Metrics:
         self.state = self._gauge("llmux_engine_state", "1 for the state an engine is in", "model", "state")
         self.engine_failures = self._counter("llmux_engine_failures", "Starts, wakes and runs that failed", "model")
 
-    def add_model(self, model: str) -> None:
-        """Make a model's gauges appear from the start."""
+    def add_model(self, model: str, in_flight: Callable[[], float], queued: Callable[[], float]) -> None:
+        """Make a model's gauges appear from the start; the two functions are asked whenever they are read."""
         self.active.labels(model).set(0)
-        self.in_flight.labels(model).set(0)
-        self.queued.labels(model).set(0)
+        self.in_flight.labels(model).set_function(in_flight)
+        self.queued.labels(model).set_function(queued)
         for state in EngineState:
             self.state.labels(model, state.value).set(state is EngineState.NOT_STARTED)
 

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llmuxd.config import Config
@@ -20,7 +21,7 @@ from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.policy import POLICIES
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
-from llmuxd.core.state import IllegalEvent
+from llmuxd.core.state import IllegalEvent, Model
 from llmuxd.core.switcher import Switcher
 from llmuxd.engine import Engine, EngineError, engine_spec
 from llmuxd.gate import Gate, ServedModel
@@ -88,8 +89,9 @@ class Runtime:
         self.engines: Mapping[str, Engine] = {
             name: Engine(engine_spec(config, model), self._death_of(name)) for name, model in config.models.items()
         }
-        for name in config.models:
-            self.metrics.add_model(name)
+        for name, model in self.switcher.state.models.items():
+            # A model's queue may be replaced, so that it is looked up each time.
+            self.metrics.add_model(name, partial(_in_flight, model), partial(_queued, model))
         self.watchers: list[Callable[[c.Notice], None]] = [self.metrics.notice]
         self.all_stopped = asyncio.Event()
         self._events: deque[e.Event] = deque()
@@ -250,6 +252,14 @@ class Runtime:
         await self.all_stopped.wait()
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _in_flight(model: Model) -> float:
+    return len(model.in_flight)
+
+
+def _queued(model: Model) -> float:
+    return len(model.queue)
 
 
 def _log_notice(notice: c.Notice) -> None:

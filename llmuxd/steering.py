@@ -28,6 +28,9 @@ from llmuxd.version import __version__
 
 log = logging.getLogger("llmuxd")
 
+SHOWN_PHASE_SECS = 0.01
+"""Phases of a switch that took less are no news to an operator who waits for its end."""
+
 EVENT_BACKLOG = 1000
 """Events kept for a subscriber that reads too slowly; older ones are dropped."""
 
@@ -228,7 +231,11 @@ class Steering:
         return model
 
     async def _job(self, build: Callable[[int], e.OperatorEvent], progress: Progress) -> dict[str, Any]:
-        with self._watching(progress):
+        def tell(event: dict[str, Any]) -> None:
+            if event["event"] != "phase" or event["seconds"] >= SHOWN_PHASE_SECS:
+                progress(event)
+
+        with self._watching(tell):
             result = await asyncio.shield(self._runtime.begin_job(build))
         if result.ok:
             return {"message": result.message}
@@ -263,15 +270,20 @@ def _describe(notice: c.Notice) -> dict[str, Any]:
             "text": text,
         }
     told: dict[str, Any] = {"switch": notice.switch, "model": notice.target}
-    target = notice.target or "nothing"
     if isinstance(notice, c.SwitchBegan):
-        out = f", out: {', '.join(notice.victims)}" if notice.victims else ""
-        text = f"switch to {target}{out}"
+        text = _what(notice.target, notice.victims)
         return {"event": "switch", **told, "victims": list(notice.victims), "text": text}
     told["seconds"] = round(notice.seconds, 3)
     if isinstance(notice, c.SwitchPhaseEnded):
         text = f"{notice.phase.value} took {notice.seconds:.2f} s"
         return {"event": "phase", **told, "phase": notice.phase.value, "text": text}
     outcome = "cancelled" if notice.cancelled else (notice.error or "done")
-    text = f"switch to {target}: {outcome} after {notice.seconds:.2f} s"
+    text = f"{_what(notice.target, notice.victims)}: {outcome} after {notice.seconds:.2f} s"
     return {"event": "switched", **told, "error": notice.error or None, "text": text}
+
+
+def _what(target: str | None, victims: tuple[str, ...]) -> str:
+    """A switch in a few words."""
+    if target is None:
+        return f"evict {', '.join(victims)}"
+    return f"switch to {target}" + (f", out: {', '.join(victims)}" if victims else "")

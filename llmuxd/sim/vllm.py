@@ -79,9 +79,7 @@ async def _serve(engine: Engine, listener: socket.socket) -> int:
             return 0
         if not loading.result():
             return 1
-        runner = web.AppRunner(
-            build(engine), access_log_format='%a - "%r" %s', handle_signals=False, shutdown_timeout=0.1
-        )
+        runner = web.AppRunner(build(engine), access_log_format='%a - "%r" %s', handle_signals=False)
         await runner.setup()
         await web.SockSite(runner, listener, backlog=1024).start()
         log.info("Application startup complete.")
@@ -89,7 +87,7 @@ async def _serve(engine: Engine, listener: socket.socket) -> int:
         if crashed:
             log.error("EngineCore died; shutting down")
             await asyncio.wait([asked], timeout=engine.options.linger_secs)
-        await runner.cleanup()
+        # Requests in flight are not waited for: the end of the loop cancels them, as vLLM's default does.
         return int(crashed)
     finally:
         asked.cancel()

@@ -170,17 +170,28 @@ class TestWarmup:
         assert "warm-up failed for a" in stack.log.read_text()
 
 
+def metrics_page(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        return answer.read().decode()
+
+
 def test_metrics(daemon):
     port = free_port()
-    stack = daemon("a", "b", top={"metrics_port": port}).start()
-    stack.ask("a")
-    stack.ask("b")
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
-        page = answer.read().decode()
+    stack = daemon("b", top={"metrics_port": port}, a=SLOW_TOKENS).start()
+    stream = stack.stream("a", tokens=50)
+    events = stream.events()
+    next(events)
+    waiting = Caller(lambda: stack.ask("b"))
+    until(lambda: 'llmux_queued{model="b"} 1.0' in metrics_page(port), "b's request is counted")
+    assert 'llmux_in_flight{model="a"} 1.0' in metrics_page(port)
+    assert list(events)[-1] == "[DONE]"
+    assert waiting.result().status == 200
+    page = metrics_page(port)
     for line in (
         'llmux_requests_total{model="a",status="200"} 1.0',
         'llmux_request_queue_wait_seconds_count{model="b"} 1.0',
         'llmux_in_flight{model="a"} 0.0',
+        'llmux_queued{model="b"} 0.0',
         'llmux_switch_phase_seconds_count{phase="sleep",to="b"} 1.0',
         'llmux_switch_total_seconds_count{to="b"} 1.0',
         'llmux_switches_total{to="b"} 1.0',
