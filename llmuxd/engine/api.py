@@ -224,7 +224,7 @@ def _message(text: str) -> str:
     try:
         answer = json.loads(text)
         error = answer.get("error", answer)
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
+        text = str(error.get("message") or error.get("detail") or error if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         pass
     return " ".join(text.split())[:_SHOWN_CHARS] or "nothing"

@@ -223,7 +223,7 @@ def test_shared_memory_of_the_killed_is_removed_and_no_other(spawn: Spawn) -> No
             path.unlink(missing_ok=True)
 
 
-def test_a_file_is_known_by_its_inode_not_by_its_name():
+def test_a_file_is_known_by_its_inode_not_by_its_name() -> None:
     """glibc makes a semaphore under one name, links it to another and removes the first: /proc shows the first."""
     first = f"/dev/shm/llmux-test-{os.getpid()}"
     second = f"{first}.linked"

@@ -79,7 +79,7 @@ def test_parking_came_with_0_17(version: str | None, verdict: bool) -> None:
     [
         ('{"error": {"message": "no such\\nmodel", "code": 404}}', "no such model"),
         ('{"error": "Invalid"}', "Invalid"),
-        ('{"detail": "Not Found"}', "{'detail': 'Not Found'}"),
+        ('{"detail": "Not Found"}', "Not Found"),
         ("Internal Server Error", "Internal Server Error"),
         ("[1]", "[1]"),
         ("", "nothing"),
