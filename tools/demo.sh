@@ -19,6 +19,7 @@ start)
     fi
     rm -rf "$home"
     mkdir -m 0700 "$home"
+    : >"$home/banner"
     "$bin/llmuxd" --demo >"$home/banner" 2>"$home/log" </dev/null &
     echo $! >"$pidfile"
     tries=0
