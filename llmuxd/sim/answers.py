@@ -8,6 +8,8 @@ from typing import Any
 
 DEFAULT_TOKENS = 16
 
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
 
 def error(message: str, status: int, kind: str = "BadRequestError") -> dict[str, Any]:
     """vLLM's error object."""

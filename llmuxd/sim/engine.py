@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -49,6 +50,8 @@ ends as it should asks it, by SIGTERM, not to."""
 
 LEAVE_POLL_SECS = 0.02
 
+log = logging.getLogger("vllm")
+
 
 class Aborted(Exception):
     """The request was ended by a sleep with mode=abort."""
@@ -56,6 +59,10 @@ class Aborted(Exception):
 
 class EngineDead(Exception):
     """The EngineCore process is gone."""
+
+
+class NotPossible(Exception):
+    """vLLM refuses this in the state that the engine is in."""
 
 
 @dataclass(eq=False)
@@ -81,13 +88,15 @@ class Engine:
     """The sleep level; None when awake."""
     paused: bool = False
     holds_new: bool = False
-    """A sleep with mode=wait is under way: new requests are not scheduled."""
+    """Paused with mode=wait, and not drained yet: what runs goes on, new requests are not scheduled."""
     asleep: set[str] = field(default_factory=set)
     """The parts that are not on the device: weights, kv_cache."""
     weights_valid: bool = True
     running: set[Generation] = field(default_factory=set)
     aborted_total: int = 0
     tokens_total: int = 0
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while memory moves: EngineCore does one such thing at a time, and answers nothing meanwhile."""
 
     # Life
 
@@ -135,54 +144,91 @@ class Engine:
 
     # Sleeping
 
-    async def sleep(self, level: int, mode: str) -> None:
-        """As POST /sleep."""
+    @property
+    def is_paused(self) -> bool:
+        """Whether scheduling is paused, in whatever mode."""
+        return self.paused or self.holds_new
+
+    @property
+    def is_sleeping(self) -> bool:
+        """As GET /is_sleeping: also while it is only paused."""
+        return self.is_paused or bool(self.asleep)
+
+    async def pause(self, mode: str) -> None:
+        """As POST /pause: scheduling alone. Returns when the pause is complete."""
         if mode == "abort":
             for generation in self.running:
                 generation.aborted = True
-        elif mode == "wait":
-            self.holds_new = True
-            try:
-                while any(g.scheduled for g in self.running) and not self.dead:  # noqa: ASYNC110
-                    await asyncio.sleep(LEAVE_POLL_SECS)
-            finally:
-                self.holds_new = False
-        self.paused = True
-        self.level = level
-        if level == 0 or self.faults.happens("leak_sleep"):
+        if mode != "wait":
+            self.paused = True
             return
-        if level == 1:
-            await self.spend(self.options.weights / GIB / self.options.offload_gib_s)
-        else:
-            self.weights_valid = False
-        self.asleep = {"weights", "kv_cache"}
-        self._hold()
+        self.holds_new = True
+        while any(g.scheduled for g in self.running) and not self.dead:  # noqa: ASYNC110
+            await asyncio.sleep(LEAVE_POLL_SECS)
+        # A /resume or /wake_up in the meantime has undone the pause, and nothing tells its owner.
+        self.paused = self.paused or self.holds_new
+        self.holds_new = False
+
+    def resume(self) -> None:
+        """As POST /resume: unconditionally, whatever is asleep."""
+        self.paused = self.holds_new = False
+
+    async def sleep(self, level: int, mode: str) -> None:
+        """As POST /sleep. One that sleeps already stays as it is."""
+        await self.pause(mode)
+        async with self.busy:
+            if "weights" in self.asleep:
+                return
+            self.level = level
+            if level == 0 or self.faults.happens("leak_sleep"):
+                return
+            if level == 1:
+                await self.spend(self.options.weights / GIB / self.options.offload_gib_s)
+            else:
+                self.weights_valid = False
+            self.asleep = {"weights", "kv_cache"}
+            self._hold()
 
     async def wake(self, tags: set[str]) -> None:
         """As POST /wake_up. Raises OutOfMemory; what was asleep then still is."""
-        before = set(self.asleep)
-        back = before & tags if tags else before
-        self.asleep = before - back
-        try:
-            self._hold()
-        except OutOfMemory:
-            self.asleep = before
-            raise
-        if "weights" in back and self.weights_valid:
-            await self.spend(self.options.weights / GIB / self.options.wake_gib_s)
-        if not self.asleep:
-            self.level = None
-            self.paused = False
+        async with self.busy:
+            before = set(self.asleep)
+            # A tag that is not asleep makes vLLM leave the others as they are.
+            back = before if not tags else tags if tags <= before else set()
+            self.asleep = before - back
+            try:
+                self._hold()
+            except OutOfMemory:
+                self.asleep = before
+                raise
+            if "weights" in back and self.weights_valid:
+                await self.spend(self.options.weights / GIB / self.options.wake_gib_s)
+            if not self.asleep:
+                self.level = None
+                self.resume()
 
     async def reload_weights(self) -> None:
-        """As collective_rpc reload_weights."""
-        await self.spend(self.options.weights / GIB / self.options.load_gib_s)
-        self.weights_valid = True
+        """As collective_rpc reload_weights. Where the weights have no memory it is the end of EngineCore."""
+        async with self.busy:
+            self._touch("weights")
+            await self.spend(self.options.weights / GIB / self.options.load_gib_s)
+            self.weights_valid = True
 
     def release_kv_cache(self) -> None:
-        """As POST /release_kv_cache_memory: it comes back with the next wake."""
+        """As POST /release_kv_cache_memory: it comes back with the next wake. Raises NotPossible."""
+        if not self.paused:
+            raise NotPossible("release_kv_cache_memory() requires a completed pause first")
+        if self.asleep:
+            raise NotPossible("release_kv_cache_memory() requires all executor memory to be resident")
         self.asleep.add("kv_cache")
         self._hold()
+
+    def _touch(self, *parts: str) -> None:
+        """Use memory. Raises EngineDead where it is not mapped: an illegal access that no process survives."""
+        if self.asleep & set(parts):
+            log.error("torch.AcceleratorError: CUDA error: an illegal memory access was encountered")
+            self.die()
+            raise EngineDead
 
     # Generation
 
@@ -224,6 +270,7 @@ class Engine:
                 return False
             held = self.holds_new and not generation.scheduled
             if not self.paused and not held and not self.faults.happens("hang_generation"):
+                self._touch("weights", "kv_cache")
                 generation.scheduled = True
                 return True
             await asyncio.sleep(LEAVE_POLL_SECS)

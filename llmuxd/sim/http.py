@@ -14,10 +14,12 @@ from typing import Any
 from aiohttp import web
 
 from llmuxd.sim import answers
-from llmuxd.sim.engine import Aborted, Engine, EngineDead
+from llmuxd.sim.engine import Aborted, Engine, EngineDead, NotPossible
 from llmuxd.sim.ledger import OutOfMemory
 
 VERSION = "0.32.0"
+
+MODES = ("abort", "wait", "keep")
 
 GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 POOLING = ("/v1/embeddings", "/pooling", "/score", "/v1/score", "/rerank", "/v1/rerank", "/classify")
@@ -70,11 +72,15 @@ class _Api:
     @web.middleware
     async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if self._engine.dead and request.path != "/health":
-            return _error("EngineCore encountered an issue.", 500, "InternalServerError")
+            return _dead()
         try:
             return await handler(request)
         except EngineDead:
-            return _error("EngineCore encountered an issue.", 500, "InternalServerError")
+            return _dead()
+        except NotPossible as error:
+            return _error(str(error), 500, "InternalServerError")
+        except web.HTTPException as error:
+            return _error(error.reason, error.status, error.reason)
         except OutOfMemory as error:
             return _error(f"CUDA Error: out of memory ({error})", 500, "InternalServerError")
 
@@ -103,7 +109,7 @@ class _Api:
     async def metrics(self, _request: web.Request) -> web.StreamResponse:
         engine = self._engine
         running = sum(g.scheduled for g in engine.running)
-        state = {None: "awake", 0: "awake", 1: "weights_offloaded", 2: "discard_all"}[engine.level]
+        state = {None: "awake", 0: "", 1: "weights_offloaded", 2: "discard_all"}[engine.level]
         lines = [
             f"vllm:num_requests_running {running}",
             f"vllm:num_requests_waiting {len(engine.running) - running}",
@@ -162,17 +168,15 @@ class _Api:
 
     async def _stream(self, request: web.Request, body: dict[str, Any], prompt: str) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        response.enable_chunked_encoding()
         model = body.get("model", self._names[0])
         count, finish = 0, "length"
 
         async def send(event: dict[str, Any]) -> None:
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
+        await response.prepare(request)
         try:
             async for token in self._tokens(request, body, prompt):
-                if count == 0:
-                    await response.prepare(request)
                 count += 1
                 await send(answers.piece(request.path, model, token, None))
         except Aborted:
@@ -180,13 +184,9 @@ class _Api:
         except ConnectionError:
             return response
         except EngineDead:
-            if count == 0:
-                raise
             assert request.transport is not None
             request.transport.close()
             return response
-        if count == 0:
-            await response.prepare(request)
         await send(answers.piece(request.path, model, None, finish))
         if (body.get("stream_options") or {}).get("include_usage"):
             last = answers.piece(request.path, model, None, None)
@@ -235,9 +235,10 @@ class _Api:
 
     async def sleep(self, request: web.Request) -> web.StreamResponse:
         engine = self._engine
-        level, mode = int(request.query.get("level", "1")), request.query.get("mode", "abort")
-        if mode not in ("abort", "wait", "keep") or level not in (0, 1, 2):
-            return _error(f"level {level}, mode {mode!r}: unknown", 400)
+        text, mode = request.query.get("level", "1"), request.query.get("mode", "abort")
+        if mode not in MODES or text not in ("0", "1", "2"):
+            return _error(f"level {text!r}, mode {mode!r}: unknown", 400, "Bad Request")
+        level = int(text)
         if engine.faults.happens("refuse_sleep"):
             engine.paused = True
             return _error("AssertionError: Memory usage increased after sleeping.", 500, "InternalServerError")
@@ -263,26 +264,34 @@ class _Api:
         if engine.faults.happens("hang_wake"):
             await asyncio.Event().wait()
         await engine.wake(set(request.query.getall("tags", [])))
-        return web.json_response({"status": "sleeping" if engine.paused else "awake"})
+        return web.json_response({"status": "sleeping" if engine.asleep else "awake"})
 
     async def is_sleeping(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response({"is_sleeping": self._engine.paused})
+        async with self._engine.busy:
+            return web.json_response({"is_sleeping": self._engine.is_sleeping})
 
     async def pause(self, request: web.Request) -> web.StreamResponse:
-        await self._engine.sleep(0, request.query.get("mode", "abort"))
+        mode = request.query.get("mode", "abort")
+        if mode not in MODES:
+            return _error(f"mode {mode!r}: unknown", 400, "Bad Request")
+        await self._engine.pause(mode)
         return web.json_response({"status": "paused"})
 
     async def resume(self, _request: web.Request) -> web.StreamResponse:
-        # Unconditionally, as vLLM does, whatever is asleep.
-        self._engine.paused = False
+        self._engine.resume()
         return web.json_response({"status": "resumed"})
 
     async def is_paused(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response({"is_paused": self._engine.paused})
+        return web.json_response({"is_paused": self._engine.is_paused})
 
     async def collective_rpc(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        if body.get("method") == "reload_weights":
+        try:
+            body = await request.json()
+        except ValueError as error:
+            return _error(f"JSON decode error: {error}", 400, "Bad Request")
+        if not isinstance(body, dict) or "method" not in body:
+            return _error("Missing 'method' in request body", 400, "Bad Request")
+        if body["method"] == "reload_weights":
             await self._engine.reload_weights()
         return web.json_response({"results": [None]})
 
@@ -290,10 +299,12 @@ class _Api:
         return web.json_response({"success": not self._engine.running})
 
     async def release_kv_cache(self, _request: web.Request) -> web.StreamResponse:
-        if not self._engine.paused:
-            return _error("pause it first", 500, "InternalServerError")
         self._engine.release_kv_cache()
-        return web.json_response({"status": "released"})
+        return web.json_response({"status": "kv_cache_released"})
+
+
+def _dead() -> web.Response:
+    return _error(answers.DEAD, 500, "InternalServerError")
 
 
 def _error(message: str, status: int, kind: str = "BadRequestError") -> web.Response:

@@ -1,7 +1,8 @@
 """The memory of a simulated device, shared by processes: a JSON file under a lock.
 
 A process holds memory until it gives it back or is gone; gone means that its pid is not there any more, or is another
-process's, as with a real driver. The file also remembers the peak, so that a test can ask about the past.
+process's, as with a real driver. The file also remembers the peak and what did not fit, so that a test can ask about
+the past.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Ledger:
     @classmethod
     def create(cls, path: Path, total: int) -> Ledger:
         """A new device of `total` bytes, with nothing on it."""
-        path.write_text(json.dumps({"total": total, "held": {}, "peak": 0}))
+        path.write_text(json.dumps({"total": total, "held": {}, "peak": 0, "refused": 0, "overcommit": 0}))
         return cls(path)
 
     @property
@@ -64,6 +65,16 @@ class Ledger:
         with self._open() as device:
             return int(device["peak"])
 
+    def refused(self) -> int:
+        """How often a process that runs already wanted more than was free."""
+        with self._open() as device:
+            return int(device["refused"])
+
+    def overcommit(self) -> int:
+        """The most by which what was held and what was wanted together exceeded the device."""
+        with self._open() as device:
+            return int(device["overcommit"])
+
     def hold(self, pid: int, size: int) -> None:
         """From now on the process holds `size` bytes. Raises OutOfMemory, and then it holds what it held."""
         began = start_time(pid)
@@ -73,26 +84,36 @@ class Ledger:
             key = f"{pid}:{began}"
             before = device["held"].get(key, 0)
             free = device["total"] - _used(device)
-            if size - before > free:
-                raise OutOfMemory(size - before, free)
-            device["held"][key] = size
-            device["peak"] = max(device["peak"], _used(device))
+            fits = size - before <= free
+            if fits:
+                device["held"][key] = size
+                device["peak"] = max(device["peak"], _used(device))
+            else:
+                device["refused"] += 1
+                device["overcommit"] = max(device["overcommit"], size - before - free)
+        if not fits:
+            raise OutOfMemory(size - before, free)
 
     @contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
-        """The device's content, the dead taken out; what is changed in it is written back."""
-        with self._path.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            device = json.load(file)
+        """The device's content, the dead taken out; what is changed in it is written back.
+
+        Whoever writes may be killed at any instant: the file is replaced as a whole, so the lock is another one.
+        """
+        with self._path.with_name(self._path.name + ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = self._path.read_text()
+            device = json.loads(before)
             for key in list(device["held"]):
                 pid, _, began = key.partition(":")
                 if start_time(int(pid)) != int(began):
                     del device["held"][key]
             yield device
-            file.seek(0)
-            file.truncate()
-            json.dump(device, file)
-            file.flush()
+            after = json.dumps(device)
+            if after != before:
+                fresh = self._path.with_name(self._path.name + ".new")
+                fresh.write_text(after)
+                fresh.replace(self._path)
 
 
 def _used(device: dict[str, Any]) -> int:

@@ -42,7 +42,7 @@ log = logging.getLogger("vllm")
 
 
 def main() -> None:
-    """Serve until SIGTERM. Exit code 1 if it cannot start, or its EngineCore dies."""
+    """Serve until SIGTERM, or until EngineCore dies: exit code 0 both times, as vLLM's. 1 if it cannot start."""
     options = parse(sys.argv[1:], os.environ)
     logging.basicConfig(level=logging.INFO, format="(APIServer pid=%(process)d) %(levelname)s %(asctime)s %(message)s")
     logging.getLogger("aiohttp.access").setLevel(logging.INFO)
@@ -88,7 +88,7 @@ async def _serve(engine: Engine, listener: socket.socket) -> int:
             log.error("EngineCore died; shutting down")
             await asyncio.wait([asked], timeout=engine.options.linger_secs)
         # Requests in flight are not waited for: the end of the loop cancels them, as vLLM's default does.
-        return int(crashed)
+        return 0
     finally:
         asked.cancel()
         if hasattr(engine, "core"):
