@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmuxd.core import commands as c
@@ -116,18 +116,20 @@ class Gate:
     def __init__(
         self,
         post: Callable[[e.Event], None],
-        served: Callable[[], list[ServedModel]],
+        served: Sequence[ServedModel],
         health: Callable[[], tuple[bool, str]],
     ) -> None:
         self.post = post
-        self.served_names = served
+        self.served = tuple(served)
+        """Every name that clients may use, in the order of the config."""
         self.healthy = health
+        self._models = {one.id: one.model for one in self.served}
         self._tickets: dict[int, Ticket] = {}
         self._ids = itertools.count(1)
 
     def resolve(self, name: str) -> str | None:
         """The configured model that a client's name stands for; None if there is none."""
-        return next((served.model for served in self.served_names() if served.id == name), None)
+        return self._models.get(name)
 
     def submit(self, model: str, *, patient: bool = False) -> Ticket:
         """Accept a request for a configured model. The ticket's `admitted` says what becomes of it."""

@@ -11,10 +11,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from llmuxd.config import Config
 from llmuxd.core import commands as c
@@ -80,12 +79,12 @@ class Runtime:
         self.clock = clock
         self.switcher = build_switcher(config, clock())
         self.metrics = metrics or Metrics()
-        self._served = [
+        served = [
             ServedModel(name, model.name, model.model_path)
             for model in config.models.values()
             for name in (model.name, *model.aliases)
         ]
-        self.gate = Gate(self.post, lambda: self._served, self.health)
+        self.gate = Gate(self.post, served, self.health)
         self.engines: Mapping[str, Engine] = {
             name: Engine(engine_spec(config, model), self._death_of(name)) for name, model in config.models.items()
         }
@@ -172,51 +171,19 @@ class Runtime:
 
     def _operate(self, command: c.EngineCommand) -> None:
         """Run an engine command as the engine's one task; a stop takes the place of what is under way."""
-        engine = self.engines[command.model]
-        name, op = command.model, command.op
-        action: Callable[[], Coroutine[Any, Any, e.EngineEvent]]
-
-        if isinstance(command, c.StartEngine):
-
-            async def action() -> e.EngineEvent:
-                info = await engine.start(op, command.timeout)
-                return e.EngineStarted(name, op, info.can_park, info.can_sleep)
-
-        elif isinstance(command, c.SleepEngine):
-
-            async def action() -> e.EngineEvent:
-                await engine.sleep(command.eviction, command.mode.value, command.timeout)
-                return e.EngineSlept(name, op)
-
-        elif isinstance(command, c.WakeEngine):
-
-            async def action() -> e.EngineEvent:
-                await engine.wake(command.eviction, command.timeout)
-                return e.EngineWoke(name, op)
-
-        else:
-
-            async def action() -> e.EngineEvent:
-                await engine.stop(command.grace)
-                return e.EngineStopped(name, op)
-
-        before = self._operations.get(name)
-        self._operations[name] = asyncio.create_task(
-            self._run(name, op, action, before), name=f"{type(command).__name__} {name}"
+        before = self._operations.get(command.model)
+        self._operations[command.model] = asyncio.create_task(
+            self._run(command, before), name=f"{type(command).__name__} {command.model}"
         )
 
-    async def _run(
-        self,
-        model: str,
-        op: int,
-        action: Callable[[], Awaitable[e.EngineEvent]],
-        before: asyncio.Task[None] | None,
-    ) -> None:
+    async def _run(self, command: c.EngineCommand, before: asyncio.Task[None] | None) -> None:
         if before is not None and not before.done():
             before.cancel()
             await asyncio.wait([before])
+        model, op = command.model, command.op
+        event: e.EngineEvent
         try:
-            event = await action()
+            event = await _carry_out(command, self.engines[model])
         except EngineError as error:
             event = e.OperationFailed(model, op, error.kind, error.reason)
         except Exception as error:
@@ -252,6 +219,22 @@ class Runtime:
         await self.all_stopped.wait()
         if self._timer is not None:
             self._timer.cancel()
+
+
+async def _carry_out(command: c.EngineCommand, engine: Engine) -> e.EngineEvent:
+    """Do what the core asks of an engine; the event that says that it is done. Raises EngineError."""
+    model, op = command.model, command.op
+    if isinstance(command, c.StartEngine):
+        info = await engine.start(op, command.timeout)
+        return e.EngineStarted(model, op, info.can_park, info.can_sleep)
+    if isinstance(command, c.SleepEngine):
+        await engine.sleep(command.eviction, command.mode.value, command.timeout)
+        return e.EngineSlept(model, op)
+    if isinstance(command, c.WakeEngine):
+        await engine.wake(command.eviction, command.timeout)
+        return e.EngineWoke(model, op)
+    await engine.stop(command.grace)
+    return e.EngineStopped(model, op)
 
 
 def _in_flight(model: Model) -> float:

@@ -25,7 +25,6 @@ class SleepMode(str, Enum):
 
     WAIT = "wait"
     KEEP = "keep"
-    ABORT = "abort"
 
 
 class Phase(str, Enum):

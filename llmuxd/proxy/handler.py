@@ -126,7 +126,7 @@ class _Proxy:
         if way.action is Action.HEALTH:
             healthy, reason = self._gate.healthy()
             return call.finish(_json(200 if healthy else 503, {"status": reason}))
-        served = self._gate.served_names()
+        served = self._gate.served
         if way.action is Action.LIST_MODELS:
             return call.finish(_json(200, {"object": "list", "data": [self._card(one) for one in served]}))
         for one in served:
@@ -146,7 +146,7 @@ class _Proxy:
         )
         model = self._gate.resolve(name)
         if model is None:
-            raise model_not_found(name, (one.id for one in self._gate.served_names()))
+            raise model_not_found(name, (one.id for one in self._gate.served))
         call.submitted(model)
         relay = Relay(self._gate, self._engines, Forwarded(request, call.id, model, body))
         try:

@@ -277,7 +277,7 @@ class Stack:
     def __post_init__(self) -> None:
         served = [ServedModel(name, name, f"/models/{name}") for name in self.engines]
         served.append(ServedModel("org/alias", next(iter(self.engines)), "/models/aliased"))
-        self.gate = Gate(self.post, lambda: served, lambda: (not self.refuses_all, self.refuses_all or "ok"))
+        self.gate = Gate(self.post, served, lambda: (not self.refuses_all, self.refuses_all or "ok"))
         self._events: list[e.Event] = []
         self._posting = False
 
@@ -346,6 +346,17 @@ class Stack:
         client = Client(*await asyncio.open_connection("127.0.0.1", self.site.port))
         self._clients.append(client)
         return client
+
+    async def in_mid_stream(self) -> tuple[Client, Asked]:
+        """A client that has read the first event of a stream of model a, and the request as the engine has it."""
+        client = await self.connect()
+        await client.ask(stream=True)
+        asked = await self.engines["a"].next()
+        await asked.stream()
+        await asked.chunk(b"data: 1\n\n")
+        await client.head()
+        await client.chunk()
+        return client, asked
 
     async def exchange(self, request: bytes, method: str = "POST") -> Answer:
         """Send bytes on a new connection and read the answer."""

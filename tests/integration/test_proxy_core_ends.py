@@ -59,13 +59,7 @@ def test_a_request_that_the_core_ends_before_its_answer_began(tmp_path: Path) ->
 def test_a_stream_that_the_core_ends(tmp_path: Path) -> None:
     async def run() -> None:
         async with serving(tmp_path) as stack:
-            client = await stack.connect()
-            await client.ask(stream=True)
-            asked = await stack.engines["a"].next()
-            await asked.stream()
-            await asked.chunk(b"data: 1\n\n")
-            await client.head()
-            await client.chunk()
+            client, asked = await stack.in_mid_stream()
             stack.post(e.Shutdown(stack.now + 1))
             stack.pass_time(1.0)
             event = await client.chunk()
@@ -98,13 +92,7 @@ def test_a_request_that_the_core_ends_in_the_moment_it_is_let_through(tmp_path: 
 def test_closing_the_site_ends_what_is_open(tmp_path: Path) -> None:
     async def run() -> None:
         async with serving(tmp_path) as stack:
-            client = await stack.connect()
-            await client.ask(stream=True)
-            asked = await stack.engines["a"].next()
-            await asked.stream()
-            await asked.chunk(b"data: 1\n\n")
-            await client.head()
-            await client.chunk()
+            client, asked = await stack.in_mid_stream()
             idle = await stack.connect()
             assert stack.site is not None
             await soon(stack.site.close())

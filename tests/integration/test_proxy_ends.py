@@ -88,13 +88,7 @@ def test_a_client_that_leaves_before_the_first_byte(tmp_path: Path, leave: Calla
 def test_a_client_that_leaves_a_silent_stream(tmp_path: Path, leave: Callable[[Client], None]) -> None:
     async def run() -> None:
         async with serving(tmp_path) as stack:
-            client = await stack.connect()
-            await client.ask(stream=True)
-            asked = await stack.engines["a"].next()
-            await asked.stream()
-            await asked.chunk(b"data: 1\n\n")
-            await client.head()
-            await client.chunk()
+            client, asked = await stack.in_mid_stream()
             leave(client)
             await asked.gone()
             await until(stack.idle, "it has left")
