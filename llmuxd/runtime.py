@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from llmuxd.config import Config
+from llmuxd.config import Config, PolicyConfig
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.policy import POLICIES
@@ -58,7 +58,7 @@ def build_switcher(config: Config, now: float) -> Switcher:
     ]
     settings = Settings(
         request_timeout=policy.request_timeout_secs,
-        in_flight=InFlight.DRAIN if policy.drain_before_switch else InFlight.CUT,
+        in_flight=_in_flight_of(policy),
         min_active=policy.min_active_secs,
         sleep_timeout=config.sleep_timeout_secs,
         wake_timeout=config.wake_timeout_secs,
@@ -67,6 +67,12 @@ def build_switcher(config: Config, now: float) -> Switcher:
     )
     build_policy = POLICIES.get(policy.policy_type, POLICIES["fifo"])
     return Switcher(models, {DEVICE: 1}, settings, build_policy(), now)
+
+
+def _in_flight_of(policy: PolicyConfig) -> InFlight:
+    if not policy.drain_before_switch:
+        return InFlight.CUT
+    return policy.in_flight
 
 
 class Runtime:

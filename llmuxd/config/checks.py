@@ -14,6 +14,7 @@ from llmuxd.config.reading import Reading
 from llmuxd.config.schema import nearest
 from llmuxd.config.types import Config, ModelConfig
 from llmuxd.core.eviction import ProcessStrategy
+from llmuxd.core.settings import InFlight
 from llmuxd.protocol import RUNTIME_DIR_ENV
 
 KNOWN_POLICIES = ("fifo",)
@@ -89,6 +90,9 @@ def _length(path: os.PathLike[str]) -> int:
 
 
 def _check_policy(config: Config, reading: Reading, known: Collection[str]) -> None:
+    drains = config.policy.in_flight is InFlight.DRAIN and reading.given("policy.in_flight")
+    if drains and not config.policy.drain_before_switch:
+        reading.wrong("policy.in_flight", "found 'drain', which contradicts policy.drain_before_switch = false")
     name = config.policy.policy_type
     allowed = [*known, *(old for old in POLICIES_OF_0_7 if old not in known)]
     if name in allowed or not reading.given("policy.policy_type"):

@@ -11,6 +11,7 @@ from typing import Any
 from llmuxd.config.schema import KEYS
 from llmuxd.config.types import Config
 from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.settings import InFlight
 
 MASK = "***"
 
@@ -33,6 +34,8 @@ def describe(config: Config) -> dict[str, Any]:
 def _plain(value: Any, path: str) -> Any:
     if path in _SECRETS:
         return MASK
+    if isinstance(value, InFlight):
+        return value.value
     if isinstance(value, (EvictionPolicy, Path)):
         return str(value)
     if isinstance(value, Mapping):

@@ -15,6 +15,7 @@ from typing import Any
 
 from llmuxd.config.errors import shown
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.core.settings import InFlight
 
 
 class Wrong(Exception):
@@ -154,6 +155,12 @@ def _eviction(value: Any) -> EvictionPolicy:
     raise Wrong
 
 
+def _in_flight(value: Any) -> InFlight:
+    if value not in (InFlight.DRAIN.value, InFlight.PARK.value):
+        raise Wrong
+    return InFlight(value)
+
+
 _WEIGHTS = ", ".join(strategy.value for strategy in WeightStrategy)
 _PROCESS = ", ".join(strategy.value for strategy in ProcessStrategy)
 
@@ -179,6 +186,7 @@ SECONDS_ABOVE_0 = Kind("number", "a number of seconds above 0", _positive, "seco
 MILLISECONDS = Kind("integer", "a whole number of milliseconds, 0 or more", _integer(0), "milliseconds")
 MILLISECONDS_ABOVE_0 = Kind("integer", "a whole number of milliseconds, 1 or more", _integer(1), "milliseconds")
 FACTOR = Kind("number", "a number, 0 or more", _number)
+IN_FLIGHT = Kind("string", "drain or park", _in_flight)
 EVICTION = Kind(
     "string or table",
     f'"WEIGHTS+PROCESS" or a table of weights and process, weights one of {_WEIGHTS}, process one of {_PROCESS}',

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.core.settings import InFlight
 
 DEFAULT_EVICTION = EvictionPolicy(WeightStrategy.OFFLOAD, ProcessStrategy.KEEP_RUNNING)
 
@@ -36,6 +37,8 @@ class PolicyConfig:
     policy_type: str = "fifo"
     request_timeout_secs: float = 300.0
     drain_before_switch: bool = True
+    in_flight: InFlight = InFlight.DRAIN
+    """DRAIN or PARK; without `drain_before_switch` no switch waits, whatever this says."""
     eviction: EvictionPolicy = DEFAULT_EVICTION
     min_active_secs: float = 5.0
     coalesce_window_ms: int = 2000
@@ -90,4 +93,5 @@ class Config:
     wake_timeout_secs: float = 300.0
     stop_timeout_secs: float = 30.0
     shutdown_timeout_secs: float = 30.0
+    heartbeat_secs: float = 10.0
     warnings: tuple[str, ...] = ()

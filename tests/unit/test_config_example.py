@@ -30,7 +30,13 @@ CLASSES = {
     "checkpoint": CheckpointConfig,
     "checkpoint.object_store": ObjectStoreConfig,
 }
-UNITS = {"_secs": "seconds", "_ms": "milliseconds", "_bytes": "bytes", "max_queue": "requests", "in_flight": "requests"}
+UNITS = {
+    "_secs": "seconds",
+    "_ms": "milliseconds",
+    "_bytes": "bytes",
+    "max_queue": "requests",
+    "max_in_flight": "requests",
+}
 by_path = pytest.mark.parametrize("key", KEYS, ids=lambda key: key.path)
 
 
