@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from llmuxd.config import Config, ConfigError, load_config, parse_config
     from llmuxd.control.api import ControlFailed, NotAllowed, UnknownModel
     from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
-    from llmuxd.core.policy import Decision, Fifo, ModelView, Policy, Snapshot, Stay, SwitchTo
+    from llmuxd.core.policies import CostAware, Fifo, Tenure, TimeSlice
+    from llmuxd.core.policy import (
+        Candidate,
+        Decision,
+        ModelView,
+        Policy,
+        PolicyParameters,
+        Snapshot,
+        Stay,
+        SwitchTo,
+    )
     from llmuxd.core.state import IllegalEvent, SwitchMode
     from llmuxd.core.switcher import Switcher
     from llmuxd.engine import EngineError
@@ -23,17 +33,20 @@ if TYPE_CHECKING:
 
 _HOME = {
     "App": "llmuxd.app",
+    "Candidate": "llmuxd.core.policy",
     "Config": "llmuxd.config",
     "ConfigError": "llmuxd.config",
     "ControlFailed": "llmuxd.control.api",
+    "CostAware": "llmuxd.core.policies",
     "Decision": "llmuxd.core.policy",
     "EngineError": "llmuxd.engine",
     "EvictionPolicy": "llmuxd.core.eviction",
-    "Fifo": "llmuxd.core.policy",
+    "Fifo": "llmuxd.core.policies",
     "IllegalEvent": "llmuxd.core.state",
     "ModelView": "llmuxd.core.policy",
     "NotAllowed": "llmuxd.control.api",
     "Policy": "llmuxd.core.policy",
+    "PolicyParameters": "llmuxd.core.policy",
     "ProcessStrategy": "llmuxd.core.eviction",
     "Refused": "llmuxd.gate",
     "Snapshot": "llmuxd.core.policy",
@@ -41,6 +54,8 @@ _HOME = {
     "SwitchMode": "llmuxd.core.state",
     "SwitchTo": "llmuxd.core.policy",
     "Switcher": "llmuxd.core.switcher",
+    "Tenure": "llmuxd.core.policies",
+    "TimeSlice": "llmuxd.core.policies",
     "UnknownModel": "llmuxd.control.api",
     "WeightStrategy": "llmuxd.core.eviction",
     "build_app": "llmuxd.app",
@@ -51,9 +66,11 @@ _HOME = {
 
 __all__ = [
     "App",
+    "Candidate",
     "Config",
     "ConfigError",
     "ControlFailed",
+    "CostAware",
     "Decision",
     "EngineError",
     "EvictionPolicy",
@@ -62,6 +79,7 @@ __all__ = [
     "ModelView",
     "NotAllowed",
     "Policy",
+    "PolicyParameters",
     "ProcessStrategy",
     "Refused",
     "Snapshot",
@@ -69,6 +87,8 @@ __all__ = [
     "SwitchMode",
     "SwitchTo",
     "Switcher",
+    "Tenure",
+    "TimeSlice",
     "UnknownModel",
     "WeightStrategy",
     "__version__",

@@ -18,7 +18,8 @@ from functools import partial
 from llmuxd.config import Config, PolicyConfig
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
-from llmuxd.core.policy import POLICIES
+from llmuxd.core.policies import DEFAULT_POLICY, POLICIES
+from llmuxd.core.policy import PolicyParameters
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
 from llmuxd.core.state import IllegalEvent, Model
 from llmuxd.core.switcher import Switcher
@@ -65,8 +66,15 @@ def build_switcher(config: Config, now: float) -> Switcher:
         stop_grace=config.stop_timeout_secs,
         max_queue=config.max_queue,
     )
-    build_policy = POLICIES.get(policy.policy_type, POLICIES["fifo"])
-    return Switcher(models, {DEVICE: 1}, settings, build_policy(), now)
+    parameters = PolicyParameters(
+        coalesce_window=policy.coalesce_window_ms / 1000,
+        amortization_factor=policy.amortization_factor,
+        max_wait=policy.max_wait_secs,
+        tick_interval=policy.tick_interval_ms / 1000,
+        min_quantum=policy.min_quantum_ms / 1000,
+    )
+    build_policy = POLICIES.get(policy.policy_type, POLICIES[DEFAULT_POLICY])
+    return Switcher(models, {DEVICE: 1}, settings, build_policy(parameters), now)
 
 
 def _in_flight_of(policy: PolicyConfig) -> InFlight:
@@ -106,6 +114,7 @@ class Runtime:
         self._operations: dict[str, asyncio.Task[None]] = {}
         self._jobs: dict[int, asyncio.Future[JobResult]] = {}
         self._last_job = 0
+        self.probed: c.Probed | None = None
 
     # The single writer
 
@@ -148,6 +157,8 @@ class Runtime:
             self._jobs.pop(command.job).set_result(JobResult(False, command.reason, command.allowed))
         elif isinstance(command, c.AllStopped):
             self.all_stopped.set()
+        elif isinstance(command, c.Probed):
+            self.probed = command
         else:
             _log_notice(command)
             for watch in self.watchers:
@@ -263,6 +274,10 @@ def _log_notice(notice: c.Notice) -> None:
         log.info("switch %d begins: %s", notice.switch, _route(notice.target, notice.victims), extra=extra)
     elif isinstance(notice, c.SwitchPhaseEnded):
         log.debug("switch %d: %s took %.2f s", notice.switch, notice.phase.value, notice.seconds, extra=extra)
+    elif isinstance(notice, c.PolicyFailed):
+        log.error("policy %s failed, fifo decided: %s", notice.policy, notice.problem)
+    elif isinstance(notice, c.ModelGone):
+        log.info("%s is gone: it was taken out of the config", notice.model, extra=extra)
     elif notice.cancelled:
         log.info("switch %d is not needed any more", notice.switch, extra=extra)
     elif notice.error:

@@ -269,6 +269,11 @@ def _describe(notice: c.Notice) -> dict[str, Any]:
             "seconds": round(notice.seconds, 3),
             "text": text,
         }
+    if isinstance(notice, c.PolicyFailed):
+        text = f"policy {notice.policy} failed, fifo decided: {notice.problem}"
+        return {"event": "policy", "policy": notice.policy, "error": notice.problem, "text": text}
+    if isinstance(notice, c.ModelGone):
+        return {"event": "gone", "model": notice.model, "text": f"{notice.model} is gone"}
     told: dict[str, Any] = {"switch": notice.switch, "model": notice.target}
     if isinstance(notice, c.SwitchBegan):
         text = _what(notice.target, notice.victims)

@@ -159,11 +159,44 @@ class SwitchEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyFailed:
+    """The policy raised, or chose what is no candidate; fifo decided instead."""
+
+    policy: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """A queue that does not move although it should, and why."""
+
+    model: str
+    waiting: float
+    """Seconds that its oldest request has waited."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The answer to a probe; without `stalls` all is well."""
+
+    probe: int
+    stalls: tuple[Stall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGone:
+    """A model that was taken out of the config has served what it accepted, and its engine is gone."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class AllStopped:
     """The shutdown is complete: no request and no engine is left."""
 
 
 RequestCommand = Forward | Refuse | Abort
 EngineCommand = StartEngine | SleepEngine | WakeEngine | StopEngine
-Notice = EngineChanged | SwitchBegan | SwitchPhaseEnded | SwitchEnded
-Command = RequestCommand | EngineCommand | JobDone | JobFailed | Notice | AllStopped
+Notice = EngineChanged | SwitchBegan | SwitchPhaseEnded | SwitchEnded | PolicyFailed | ModelGone
+Command = RequestCommand | EngineCommand | JobDone | JobFailed | Notice | Probed | AllStopped

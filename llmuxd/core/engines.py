@@ -23,6 +23,7 @@ class Engines:
     def start(self, model: Model, now: float) -> None:
         op = self._begin(model)
         model.incarnation = op
+        model.outdated = False
         timeout = model.spec.start_timeout
         self._enter(model, c.StartEngine, S.STARTING, now, timeout)
         self._state.out.append(c.StartEngine(model.name, op, timeout))
@@ -61,7 +62,7 @@ class Engines:
         model = self._current(event.model, event.op)
         if model is None:
             return False
-        self._enter(model, e.EngineStarted, S.AWAKE, now)
+        model.costs.start.add(self._enter(model, e.EngineStarted, S.AWAKE, now))
         model.can_park, model.can_sleep = event.can_park, event.can_sleep
         model.idle_since = now
         return True
@@ -70,14 +71,14 @@ class Engines:
         model = self._current(event.model, event.op)
         if model is None:
             return False
-        self._enter(model, e.EngineSlept, S.ASLEEP, now)
+        model.costs.sleep.add(self._enter(model, e.EngineSlept, S.ASLEEP, now))
         return True
 
     def woke(self, event: e.EngineWoke, now: float) -> bool:
         model = self._current(event.model, event.op)
         if model is None:
             return False
-        self._enter(model, e.EngineWoke, S.AWAKE, now)
+        model.costs.wake.add(self._enter(model, e.EngineWoke, S.AWAKE, now))
         model.asleep_by = None
         model.idle_since = now
         return True
@@ -87,14 +88,27 @@ class Engines:
         if model is None:
             return False
         failed = model.failures > 0 and model.retry_at > now
-        self._enter(
-            model,
-            e.EngineStopped,
-            S.FAILED if failed else S.NOT_STARTED,
-            now,
-            reason=model.last_error if failed else "",
-        )
+        to = S.FAILED if failed else S.NOT_STARTED
+        model.costs.stop.add(self._enter(model, e.EngineStopped, to, now, reason=model.last_error if failed else ""))
         return True
+
+    def adopted(self, event: e.EngineAdopted, now: float) -> None:
+        """An engine of an earlier daemon is ours. Raises IllegalEvent if there is one already, or no room for it."""
+        state = self._state
+        if event.model not in state.models:
+            raise IllegalEvent(f"no model {event.model!r}")
+        model = state.models[event.model]
+        to = S.AWAKE if event.asleep_by is None else S.ASLEEP
+        model.check(e.EngineAdopted, to)
+        model.asleep_by = event.asleep_by
+        if not state.has_room(model, to):
+            model.asleep_by = None
+            raise IllegalEvent(f"{model.name}: there is no room for the adopted engine")
+        model.op = model.incarnation = event.incarnation
+        state.last_op = max(state.last_op, event.incarnation)
+        model.can_park, model.can_sleep = event.can_park, event.can_sleep
+        model.idle_since = now
+        self._enter(model, e.EngineAdopted, to, now)
 
     def died(self, event: e.EngineDied, now: float) -> bool:
         """A process ended unasked: what is left of the engine is stopped."""
@@ -151,9 +165,10 @@ class Engines:
 
     def _enter(
         self, model: Model, trigger: type, to: S, now: float, timeout: float | None = None, reason: str = ""
-    ) -> None:
+    ) -> float:
         old = model.state
         margin = self._state.settings.deadline_margin
         deadline = None if timeout is None else now + timeout + margin
         spent = model.enter(trigger, to, now, deadline)
         self._state.out.append(c.EngineChanged(model.name, old, to, spent, reason))
+        return spent

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.policy import Policy
+from llmuxd.core.settings import ModelSpec, Settings
 
 
 class FailureKind(str, Enum):
@@ -82,6 +84,20 @@ class EngineStopped:
 
     model: str
     op: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAdopted:
+    """An engine that an earlier daemon started was found alive, answering, and with nothing in flight.
+
+    `incarnation` is the one that it was started with; it is asleep by `asleep_by`, or awake if that is None.
+    """
+
+    model: str
+    incarnation: int
+    asleep_by: EvictionPolicy | None = None
+    can_park: bool = True
+    can_sleep: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +181,34 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class Reload:
+    """A new config. A model that is not in `models` any more serves what it accepted, and goes.
+
+    The engines of the models in `changed` were started from something else than they would be now: each is stopped
+    when it is next idle.
+    """
+
+    models: tuple[ModelSpec, ...]
+    settings: Settings
+    policy: Policy
+    changed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed. Fed when `Switcher.next_deadline` is due, and by the watchdog's probe."""
+    """Time has passed. Fed when `Switcher.next_deadline` is due."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The self-check: it is answered by `Probed` in the same call, and changes nothing."""
+
+    probe: int
 
 
 RequestEvent = RequestArrived | RequestFinished | RequestBounced | ClientLeft
-EngineEvent = EngineStarted | EngineSlept | EngineWoke | EngineStopped | OperationFailed | EngineDied
-OperatorEvent = OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Shutdown
-Event = RequestEvent | EngineEvent | OperatorEvent | Tick
+EngineEvent = EngineStarted | EngineSlept | EngineWoke | EngineStopped | EngineAdopted | OperationFailed | EngineDied
+OperatorEvent = (
+    OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Reload | Shutdown
+)
+Event = RequestEvent | EngineEvent | OperatorEvent | Tick | Probe

@@ -11,6 +11,7 @@ from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
 from llmuxd.core.eviction import STOP, ProcessStrategy
+from llmuxd.core.reloading import reload
 from llmuxd.core.requests import Requests
 from llmuxd.core.state import WITHOUT_PROCESS, IllegalEvent, Job, Model, State, SwitchMode
 from llmuxd.core.switching import Switching
@@ -31,6 +32,9 @@ class Operator:
         if isinstance(event, e.Shutdown):
             self._shut_down(event, now)
             return
+        if isinstance(event, e.Reload):
+            self._reload(event, now)
+            return
         if isinstance(event, e.SetMode):
             state.mode = SwitchMode(event.manual)
             if state.mode.manual and state.switch is not None and not state.switch.jobs:
@@ -50,6 +54,18 @@ class Operator:
             self._stop(event, model, now)
         else:
             self._make_awake(event, model, now)
+
+    def _reload(self, event: e.Reload, now: float) -> None:
+        state = self._state
+        retired = reload(state, event, now)
+        self._switching.policy = event.policy
+        for job in list(state.jobs):
+            if job.target in retired or not retired.isdisjoint(job.victims):
+                state.jobs.remove(job)
+                state.out.append(
+                    c.JobFailed(job.id, f"{job.target or ', '.join(job.victims)} was taken out of the config")
+                )
+        self._requests.refuse_objectionable(now)
 
     # Making a model awake
 

@@ -1,4 +1,4 @@
-"""How a switching policy sees the world and what it may answer; the registry of policies.
+"""How a switching policy sees the world and what it may answer. The policies themselves are in `policies`.
 
 A policy decides one thing: which model that is not awake should be made awake next, and when. What has to go
 to make room, cooldown, drain, escalation and every failure are the switcher's. A policy keeps no state: all it
@@ -13,20 +13,41 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """What it would take to make a model awake now."""
+
+    victims: tuple[str, ...]
+    """The models that would have to go; none if there is room."""
+    switch_secs: float
+    """The measured cost of the switch: the victims' way out and this model's way in, without any drain."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model as a policy sees it. Times are in seconds of the clock of `Snapshot.now`."""
+    """One model as a policy sees it. Times are in seconds of the clock of `Snapshot.now`, durations in seconds."""
 
     name: str
     awake: bool
-    loadable: bool
-    """It is not awake and may be made so: no failure is being waited out, no transition is under way."""
     queued: int
-    oldest_arrival: float | None
-    """When the request that waits longest arrived."""
+    """Requests that wait to be forwarded."""
     in_flight: int
     """Forwarded and not finished, parked ones included."""
+    parked: int
+    """How many of them are paused in an engine that is not awake."""
+    oldest_arrival: float | None
+    """When the request that waits longest began to: it arrived, or was parked."""
+    waiting_secs: float
+    """The time that all queued and parked requests have waited so far, summed."""
     since: float
     """When its engine came into its present state."""
+    drain_secs: float
+    """If it is awake: how long it would still take to go once it is a victim. 0 where its requests can be parked,
+    else a guess from how long its answers take."""
+    priority: float = 1.0
+    """How many times the waiting of its requests counts."""
+    candidate: Candidate | None = None
+    """Not None if it has demand, is not awake and may be made so: no failure is being waited out, no transition
+    is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +56,25 @@ class Snapshot:
 
     now: float
     models: tuple[ModelView, ...]
+    min_active: float = 0.0
+    """No model is put to sleep before it has been awake for this many seconds."""
+    arrived: str | None = None
+    """The model whose request has just arrived, if that is why the policy is asked."""
+    due: bool = False
+    """The time has come at which the policy wanted to be asked again."""
+
+    @property
+    def candidates(self) -> list[tuple[ModelView, Candidate]]:
+        """The models that may be switched to."""
+        return [(model, model.candidate) for model in self.models if model.candidate is not None]
+
+    def victims(self, candidate: Candidate) -> list[ModelView]:
+        """The awake models that would have to go."""
+        return [model for model in self.models if model.awake and model.name in candidate.victims]
+
+    def cooled_at(self, candidate: Candidate) -> float:
+        """When each of the victims has been awake for `min_active`."""
+        return max((model.since + self.min_active for model in self.victims(candidate)), default=self.now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,28 +100,39 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def max_wait(self) -> float | None:
+        """The staleness bound, in seconds; None if it promises none.
+
+        With one, the policy never chooses another model while the longest wait of a candidate is beyond it, and
+        chooses that candidate as soon as what is in its way has been awake for its turn (`max_turn`).
+        """
+        ...
+
+    def max_turn(self, switch_secs: float) -> float:
+        """For how long, at most, an awake model is left alone although the wait of another is beyond `max_wait`.
+
+        `switch_secs` is the measured cost of the switch between them.
+        """
+        ...
+
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Called while no switch is under way and a model that is not awake has demand. Must be pure."""
+        """Called while no switch is under way and there is a candidate. Must be pure."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Fifo:
-    """First come, first served: the model whose request has waited longest is next, at once.
+class PolicyParameters:
+    """What a config says to its policy. Durations in seconds; each policy takes what it knows."""
 
-    It is the policy `fifo` of llmux 0.7. Under mixed traffic it switches as often as the cooldown allows.
-    """
-
-    name: str = "fifo"
-
-    def decide(self, snapshot: Snapshot) -> Decision:
-        waiting = [
-            (model.oldest_arrival, model.name)
-            for model in snapshot.models
-            if model.loadable and model.oldest_arrival is not None
-        ]
-        return SwitchTo(min(waiting)[1]) if waiting else Stay()
+    coalesce_window: float = 2.0
+    amortization_factor: float = 0.5
+    max_wait: float = 15.0
+    tick_interval: float = 0.5
+    min_quantum: float = 2.0
 
 
-POLICIES: Mapping[str, Callable[[], Policy]] = {"fifo": Fifo}
-"""The policies that a config may name."""
+BuildPolicy = Callable[[PolicyParameters], Policy]
+"""What a policy is registered as."""
+
+PolicyRegistry = Mapping[str, BuildPolicy]

@@ -34,9 +34,12 @@ class Requests:
         if event.model not in state.models or event.request in state.requests:
             raise IllegalEvent(f"request {event.request} for {event.model!r}")
         model = state.models[event.model]
+        state.arrived = model.name
         timeout = None if event.patient else state.settings.request_timeout
         request = Request(event.request, model.name, now, None if timeout is None else now + timeout)
         refusal = self._objection(model, now)
+        if refusal is None and model.retired:
+            refusal = c.Refusal.CANNOT_LOAD, f"{model.name} was taken out of the config", None
         if refusal is not None:
             state.out.append(c.Refuse(request.id, *refusal))
             return
@@ -49,13 +52,16 @@ class Requests:
             del state.requests[request.id]
             state.out.append(c.Refuse(request.id, c.Refusal.QUEUE_FULL, full, RETRY_AFTER_QUEUE_SECS))
             return
-        model.queue[request.id] = request
-        self._count_queued(request)
+        self._enqueue(model, request)
 
     def finished(self, event: e.RequestFinished, now: float) -> Model:
+        request = self._state.requests.get(event.request)
         model = self._take_in_flight(event.request, now)
+        assert request is not None
         if event.ok:
             self._engines.succeeded(model)
+            if request.forwarded >= model.since:
+                model.costs.answer.add(now - request.forwarded)
         return model
 
     def bounced(self, event: e.RequestBounced, now: float) -> Model:
@@ -78,8 +84,7 @@ class Requests:
             state.out.append(c.Refuse(request.id, *refusal))
             return model
         state.requests[request.id] = request
-        model.queue = {request.id: request, **model.queue}
-        self._count_queued(request)
+        self._enqueue(model, request)
         return model
 
     def left(self, event: e.ClientLeft, now: float) -> Model:
@@ -179,11 +184,20 @@ class Requests:
 
     def _forward(self, model: Model, request: Request, now: float) -> None:
         model.in_flight[request.id] = request
+        request.forwarded = now
         began, ended = model.last_switch
         switching = max(0.0, min(now, ended) - max(request.arrived, began))
         self._state.out.append(c.Forward(request.id, model.name, now - request.arrived, switching))
 
-    def _count_queued(self, request: Request) -> None:
+    def _enqueue(self, model: Model, request: Request) -> None:
+        """Into the queue, which is in the order of arrival."""
+        late = [other for other in model.queue.values() if other.arrived > request.arrived] if request.retried else []
+        for other in late:
+            del model.queue[other.id]
+        model.queue[request.id] = request
+        for other in late:
+            model.queue[other.id] = other
+        model.arrivals += request.arrived
         self._state.queued += 1
         if request.deadline is not None:
             heapq.heappush(self._state.timeouts, (request.deadline, request.id))
@@ -192,7 +206,9 @@ class Requests:
         return request.id in self._state.models[request.model].queue
 
     def _unqueue(self, request: Request) -> None:
-        del self._state.models[request.model].queue[request.id]
+        model = self._state.models[request.model]
+        del model.queue[request.id]
+        model.arrivals = model.arrivals - request.arrived if model.queue else 0.0
         self._state.queued -= 1
 
     def _take_queued(self, request: Request) -> None:

@@ -43,6 +43,8 @@ class ModelSpec:
     max_queue: int | None = None
     ttl: float | None = None
     """Put to sleep after this long without a request."""
+    priority: float = 1.0
+    """How many times the waiting of its requests counts, against that of others."""
 
 
 @dataclass(frozen=True, slots=True)

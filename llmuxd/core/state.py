@@ -16,6 +16,7 @@ from typing import Any
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
+from llmuxd.core.costs import Costs
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.core.settings import ModelSpec, Settings
@@ -26,7 +27,7 @@ class IllegalEvent(Exception):
 
 
 TRANSITIONS: Mapping[S, Mapping[type[Any], tuple[S, ...]]] = {
-    S.NOT_STARTED: {c.StartEngine: (S.STARTING,)},
+    S.NOT_STARTED: {c.StartEngine: (S.STARTING,), e.EngineAdopted: (S.AWAKE, S.ASLEEP)},
     S.STARTING: {e.EngineStarted: (S.AWAKE,), c.StopEngine: (S.STOPPING,)},
     S.AWAKE: {c.SleepEngine: (S.FALLING_ASLEEP,), c.StopEngine: (S.STOPPING,)},
     S.FALLING_ASLEEP: {e.EngineSlept: (S.ASLEEP,), c.StopEngine: (S.STOPPING,)},
@@ -63,6 +64,7 @@ class Request:
     deadline: float | None
     """When it is refused if it is still queued."""
     retried: bool = False
+    forwarded: float = 0.0
 
 
 @dataclass(slots=True)
@@ -96,8 +98,15 @@ class Model:
     """When its last request ended, or it became awake."""
     last_switch: tuple[float, float] = (0.0, 0.0)
     """Begin and end of the last switch that made it awake."""
+    retired: bool = False
+    """No longer in the config: it serves what it accepted, and goes."""
+    outdated: bool = False
+    """Its engine was started from an older config, and is stopped when it is next idle."""
+    costs: Costs = field(default_factory=Costs)
     queue: dict[int, Request] = field(default_factory=dict)
-    """Waiting, the next one to forward first."""
+    """Waiting, the next one to forward first, which is the one that arrived first."""
+    arrivals: float = 0.0
+    """The sum of the arrival times in `queue`: how long all of them have waited is known without a look at each."""
     in_flight: dict[int, Request] = field(default_factory=dict)
 
     @property
@@ -185,6 +194,8 @@ class State:
     last_switch: int = 0
     ask_policy_at: float | None = None
     """When the policy wanted to be asked again."""
+    arrived: str | None = None
+    """The model that the request was for, while its arrival is being handled."""
     out: list[c.Command] = field(default_factory=list)
 
     def next_op(self) -> int:
@@ -202,14 +213,22 @@ class State:
 
     def claim(self, model: Model) -> Mapping[str, int]:
         """What the engine of `model` holds on each device in its present state."""
-        if model.state in WITHOUT_PROCESS:
+        return self._claim_in(model, model.state)
+
+    def _claim_in(self, model: Model, state: S) -> Mapping[str, int]:
+        if state in WITHOUT_PROCESS:
             return {}
-        if model.state is S.ASLEEP:
+        if state is S.ASLEEP:
             assert model.asleep_by is not None
             return _left_by(model, model.asleep_by)
-        if model.state is S.STOPPING:
+        if state is S.STOPPING:
             return model.held
         return model.spec.placement.awake
+
+    def has_room(self, model: Model, state: S) -> bool:
+        """Whether a model without an engine could have one in `state`, all others being as they are."""
+        used = self.used()
+        return all(used[d] + n <= self.devices[d] for d, n in self._claim_in(model, state).items())
 
     def used(self) -> dict[str, int]:
         """Device name -> what all engines hold there."""
@@ -228,6 +247,13 @@ class State:
                 for device, amount in left.items():
                     free[device] -= amount
         return all(amount <= free[device] for device, amount in target.spec.placement.awake.items())
+
+
+def check_placement(spec: ModelSpec, devices: Mapping[str, int]) -> None:
+    """Raises ValueError if the model could not be awake even alone."""
+    for device, amount in spec.placement.awake.items():
+        if amount > devices.get(device, 0):
+            raise ValueError(f"{spec.name} does not fit {device}: {amount} > {devices.get(device, 0)}")
 
 
 def _left_by(model: Model, eviction: EvictionPolicy) -> Mapping[str, int]:

@@ -16,9 +16,11 @@ from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
 from llmuxd.core.operator import Operator
 from llmuxd.core.policy import Policy
+from llmuxd.core.reloading import sweep
 from llmuxd.core.requests import Requests
+from llmuxd.core.selfcheck import find_stalls
 from llmuxd.core.settings import ModelSpec, Settings
-from llmuxd.core.state import Model, State, SwitchMode
+from llmuxd.core.state import Model, State, SwitchMode, check_placement
 from llmuxd.core.switching import Switching
 
 
@@ -37,13 +39,10 @@ class Switcher:
         policy: Policy,
         now: float,
     ) -> None:
-        self.state = State(
-            settings, dict(devices), {spec.name: Model(spec, spec.eviction, since=now) for spec in models}
-        )
-        for model in self.state.models.values():
-            for device, amount in model.spec.placement.awake.items():
-                if amount > devices.get(device, 0):
-                    raise ValueError(f"{model.name} does not fit {device}: {amount} > {devices.get(device, 0)}")
+        self.state = State(settings, dict(devices), {})
+        for spec in models:
+            check_placement(spec, devices)
+            self.state.models[spec.name] = Model(spec, spec.eviction, since=now)
         self._engines = Engines(self.state)
         self._requests = Requests(self.state, self._engines)
         self._switching = Switching(self.state, self._engines, self._requests, policy)
@@ -60,11 +59,18 @@ class Switcher:
     def handle(self, event: e.Event, now: float) -> list[c.Command]:
         """Take one event. Raises IllegalEvent, and changes nothing, if it cannot have happened."""
         self._dispatch(event, now)
+        if isinstance(event, e.Probe):
+            return self._flush()
+        sweep(self.state, self._engines, now)
         if self.state.shutdown_deadline is None:
             self._switching.advance(now)
         else:
             self._operator.wind_down(now)
+        return self._flush()
+
+    def _flush(self) -> list[c.Command]:
         commands, self.state.out = self.state.out, []
+        self.state.arrived = None
         return commands
 
     @property
@@ -101,6 +107,8 @@ class Switcher:
             self._engines.woke(event, now)
         elif isinstance(event, e.EngineStopped):
             self._engines.stopped(event, now)
+        elif isinstance(event, e.EngineAdopted):
+            self._engines.adopted(event, now)
         elif isinstance(event, e.OperationFailed):
             self._operation_failed(event, now)
         elif isinstance(event, e.EngineDied):
@@ -108,6 +116,8 @@ class Switcher:
                 self._switching.give_up(self.state.models[event.model], event.reason, now)
         elif isinstance(event, e.Tick):
             self._tick(now)
+        elif isinstance(event, e.Probe):
+            self.state.out.append(c.Probed(event.probe, find_stalls(self.state, self.policy, self.next_deadline, now)))
         else:
             self._operator.dispatch(event, now)
 

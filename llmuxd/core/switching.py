@@ -21,10 +21,12 @@ from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
 from llmuxd.core.events import FailureKind
 from llmuxd.core.eviction import STOP, EvictionPolicy, ProcessStrategy
-from llmuxd.core.policy import ModelView, Policy, Snapshot, SwitchTo
+from llmuxd.core.policies.fifo import Fifo
+from llmuxd.core.policy import Decision, Policy, Snapshot, SwitchTo
 from llmuxd.core.requests import Requests
 from llmuxd.core.settings import InFlight
 from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, Job, Model, State, Switch
+from llmuxd.core.views import has_demand, make_room, may_park, snapshot
 
 MIN_POLICY_DELAY_SECS = 0.01
 """A policy that wants to be asked again at once is asked a little later, so that it cannot spin."""
@@ -75,7 +77,7 @@ class Switching:
             return self._end(switch, now, cancelled=True)
         cut = self._state.settings.in_flight is InFlight.CUT
         busy = [m for m in self._victims(switch) if m.state is S.AWAKE and m.in_flight]
-        held_up = [m for m in busy if not self._may_park(m, switch.victims[m.name])]
+        held_up = [m for m in busy if not may_park(self._state, m, switch.victims[m.name])]
         if held_up and not cut:
             return False
         for model in held_up:
@@ -155,6 +157,7 @@ class Switching:
 
     def _begin_next(self, now: float) -> bool:
         state = self._state
+        due = state.ask_policy_at is not None and state.ask_policy_at <= now
         state.ask_policy_at = None
         if state.jobs:
             job = state.jobs.pop(0)
@@ -166,7 +169,7 @@ class Switching:
             for model in state.models.values():
                 if self.idle_until(model) <= now:
                     return self._begin(None, {model.name: model.eviction}, now)
-        target = self._choose(now)
+        target = self._choose(now, due)
         return target is not None and self._begin(target, {}, now)
 
     def idle_until(self, model: Model) -> float:
@@ -176,41 +179,34 @@ class Switching:
             return float("inf")
         return model.idle_since + model.spec.ttl
 
-    def _choose(self, now: float) -> str | None:
+    def _choose(self, now: float, due: bool) -> str | None:
         """The model that should be made awake next, by the pin or by the policy."""
         state = self._state
-        wanted = [m for m in state.models.values() if self._has_demand(m) and m.loadable(now)]
+        wanted = [m for m in state.models.values() if has_demand(m) and m.loadable(now)]
         if state.mode.manual:
             wanted = [m for m in wanted if m.name == state.mode.pinned]
             return wanted[0].name if wanted else None
         if not wanted:
             return None
-        decision = self.policy.decide(self._snapshot(now))
+        decision = self._ask_policy(snapshot(state, now, {m.name for m in wanted}, due))
         if isinstance(decision, SwitchTo):
-            if all(m.name != decision.model for m in wanted):
-                raise ValueError(f"policy {self.policy.name} chose {decision.model!r}, which is not loadable")
             return decision.model
         if decision.until is not None:
-            state.ask_policy_at = max(decision.until, now + MIN_POLICY_DELAY_SECS)
+            state.ask_policy_at = decision.until if decision.until > now else now + MIN_POLICY_DELAY_SECS
         return None
 
-    def _snapshot(self, now: float) -> Snapshot:
-        views = []
-        for model in self._state.models.values():
-            oldest = min((r.arrived for r in model.queue.values()), default=None)
-            if model.parked():
-                oldest = model.since if oldest is None else min(oldest, model.since)
-            view = ModelView(
-                name=model.name,
-                awake=model.state is S.AWAKE,
-                loadable=model.loadable(now),
-                queued=len(model.queue),
-                oldest_arrival=oldest,
-                in_flight=len(model.in_flight),
-                since=model.since,
-            )
-            views.append(view)
-        return Snapshot(now, tuple(views))
+    def _ask_policy(self, snapshot: Snapshot) -> Decision:
+        """What the policy decides; of one that breaks, a third party's, what fifo would."""
+        try:
+            decision = self.policy.decide(snapshot)
+            wrong = isinstance(decision, SwitchTo) and all(m.name != decision.model for m, _ in snapshot.candidates)
+            problem = f"it chose {decision}, which is no candidate" if wrong else ""
+        except Exception as error:
+            problem = repr(error)
+        if not problem:
+            return decision
+        self._state.out.append(c.PolicyFailed(self.policy.name, problem))
+        return Fifo().decide(snapshot)
 
     def _begin(
         self, target: str | None, victims: dict[str, EvictionPolicy], now: float, job: Job | None = None
@@ -218,34 +214,13 @@ class Switching:
         state = self._state
         forced = job is not None and job.forced
         if target is not None:
-            victims = self._make_room(state.models[target])
+            victims = make_room(state, state.models[target])
         state.last_switch += 1
         switch = Switch(state.last_switch, target, dict(victims), now, Phase.COOLDOWN, now, forced)
         switch.jobs = [job] if job is not None else []
         state.switch = switch
         state.out.append(c.SwitchBegan(switch.id, target, tuple(victims)))
         return True
-
-    def _make_room(self, target: Model) -> dict[str, EvictionPolicy]:
-        """Which models have to go, and how, for `target` to fit: as few, as idle and as gently as possible."""
-        state = self._state
-        others = [m for m in state.models.values() if m is not target and m.name != state.mode.pinned]
-        awake = [m for m in others if m.state is S.AWAKE]
-        awake.sort(key=lambda m: (bool(m.in_flight or m.queue), m.idle_since))
-        tiers = [(m, m.eviction) for m in awake]
-        tiers += [(m, STOP) for m in others if m.state is S.ASLEEP and any(state.claim(m).values())]
-        tiers += [(m, STOP) for m in awake]
-        stopping = {m.name: STOP for m in others if m.state is S.STOPPING}
-        going: dict[str, EvictionPolicy] = {}
-        for model, eviction in tiers:
-            if state.fits(target, {**stopping, **going}):
-                break
-            going[model.name] = eviction
-        for name in list(going):
-            without = {n: p for n, p in going.items() if n != name}
-            if state.fits(target, {**stopping, **without}):
-                going = without
-        return going
 
     # Helpers
 
@@ -263,18 +238,10 @@ class Switching:
             for name, eviction in job.victims.items()
         )
 
-    def _has_demand(self, model: Model) -> bool:
-        return bool(model.queue) or model.parked()
-
     def _wanted(self, switch: Switch) -> bool:
         if switch.target is None or switch.jobs:
             return True
-        return self._has_demand(self._state.models[switch.target])
-
-    def _may_park(self, model: Model, eviction: EvictionPolicy) -> bool:
-        parks = self._state.settings.in_flight is not InFlight.DRAIN
-        keeps = eviction.process is ProcessStrategy.KEEP_RUNNING and model.can_sleep
-        return parks and keeps and model.can_park
+        return has_demand(self._state.models[switch.target])
 
     def _evict(self, model: Model, eviction: EvictionPolicy, now: float) -> None:
         if model.state is S.AWAKE:

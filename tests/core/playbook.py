@@ -11,7 +11,8 @@ from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import EvictionPolicy
-from llmuxd.core.policy import Fifo, Policy
+from llmuxd.core.policies import Fifo
+from llmuxd.core.policy import Policy
 from llmuxd.core.settings import ModelSpec, Placement, Settings
 from llmuxd.core.switcher import Switcher
 

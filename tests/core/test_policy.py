@@ -6,21 +6,42 @@ from dataclasses import dataclass
 
 import pytest
 
-from llmuxd.core import events as e
+from llmuxd.core import commands as c
 from llmuxd.core.eviction import EvictionPolicy
-from llmuxd.core.policy import POLICIES, Decision, Fifo, ModelView, Snapshot, Stay, SwitchTo
+from llmuxd.core.policies import Fifo
+from llmuxd.core.policy import Candidate, Decision, ModelView, Snapshot, Stay, SwitchTo
 from tests.core.playbook import Play
 
 
-def view(name: str, oldest: float | None, *, loadable: bool = True) -> ModelView:
-    return ModelView(name, False, loadable, 0 if oldest is None else 1, oldest, 0, 0.0)
+def view(
+    name: str,
+    *,
+    awake: bool = False,
+    queued: int = 0,
+    in_flight: int = 0,
+    parked: int = 0,
+    oldest: float | None = None,
+    waiting: float = 0.0,
+    since: float = 0.0,
+    drain: float = 0.0,
+    priority: float = 1.0,
+    cost: float | None = None,
+    victims: tuple[str, ...] = ("a",),
+) -> ModelView:
+    """A model; with `cost` it may be switched to."""
+    candidate = None if cost is None else Candidate(victims, cost)
+    return ModelView(name, awake, queued, in_flight, parked, oldest, waiting, since, drain, priority, candidate)
 
 
 def test_fifo_takes_the_model_whose_request_has_waited_longest():
-    models = (view("a", None), view("b", 5.0), view("c", 3.0), view("d", 1.0, loadable=False))
+    models = (
+        view("a", awake=True),
+        view("b", queued=1, oldest=5.0, cost=2.0),
+        view("c", queued=1, oldest=3.0, cost=2.0),
+        view("d", queued=1, oldest=1.0),
+    )
     assert Fifo().decide(Snapshot(9.0, models)) == SwitchTo("c")
     assert Fifo().decide(Snapshot(9.0, models[:1])) == Stay()
-    assert POLICIES["fifo"]() == Fifo()
 
 
 @dataclass
@@ -29,6 +50,10 @@ class Scripted:
 
     answers: list[Decision]
     name: str = "scripted"
+    max_wait: float | None = None
+
+    def max_turn(self, switch_secs: float) -> float:
+        return 0.0
 
     def decide(self, snapshot: Snapshot) -> Decision:
         self.snapshot = snapshot
@@ -46,13 +71,27 @@ def test_a_policy_may_wait_and_is_asked_again():
     assert play.tick(6) == []
     assert play.switcher.next_deadline == 100.0, "asked again when something changes"
     assert play.ask(7, 2, "b") == ["start b"]
-    assert policy.snapshot.models[1] == ModelView("b", False, True, 2, 0, 0, 0.0)
+    seen = policy.snapshot
+    assert (seen.now, seen.arrived, seen.due) == (7, "b", False)
+    assert seen.models[1] == view("b", queued=2, oldest=0, waiting=7.0, cost=60.0, victims=())
 
 
-def test_a_policy_that_chooses_what_cannot_be_is_an_error():
-    play = Play(policy=Scripted([SwitchTo("c")]))
-    with pytest.raises(ValueError, match="scripted chose 'c'"):
-        play.switcher.handle(e.RequestArrived(1, "b"), 0)
+class Broken(Scripted):
+    def decide(self, snapshot: Snapshot) -> Decision:
+        raise RuntimeError("oh")
+
+
+@pytest.mark.parametrize(
+    ("policy", "problem"),
+    [
+        (Scripted([SwitchTo("c")]), "it chose SwitchTo(model='c'), which is no candidate"),
+        (Broken([]), "RuntimeError('oh')"),
+    ],
+)
+def test_where_a_policy_breaks_fifo_decides(policy, problem):
+    play = Play(policy=policy)
+    assert play.ask(0, 1, "b") == ["start b"]
+    assert c.PolicyFailed("scripted", problem) in play.notices()
 
 
 @pytest.mark.parametrize("text", ["offload", "offload+nap", "melt+stop", "", "+"])

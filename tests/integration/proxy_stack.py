@@ -17,7 +17,7 @@ from typing import Any
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.eviction import EvictionPolicy
-from llmuxd.core.policy import Fifo
+from llmuxd.core.policies import Fifo
 from llmuxd.core.settings import ModelSpec, Placement, Settings
 from llmuxd.core.switcher import Switcher
 from llmuxd.engine import Endpoint

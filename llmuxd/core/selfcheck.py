@@ -1,0 +1,66 @@
+"""The scheduler's check of itself: which queues do not move although they should, and why.
+
+A queue that waits for something that is on its way, a switch, a drain, a backoff, an operator, does not stall.
+Found here is what no operator's patience mends: a defect of the core, or of what carries out its commands.
+"""
+
+from __future__ import annotations
+
+from llmuxd.core import commands as c
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.policy import Policy
+from llmuxd.core.state import IN_TRANSITION, Model, State
+from llmuxd.core.views import oldest_demand
+
+LATE_SECS = 5.0
+"""How far behind its deadlines the core may be. Its timers are due within milliseconds."""
+
+
+def find_stalls(state: State, policy: Policy, next_deadline: float | None, now: float) -> tuple[c.Stall, ...]:
+    """One for each model whose requests wait for nothing."""
+    late = next_deadline is not None and now - next_deadline > LATE_SECS
+    found = []
+    for model in state.models.values():
+        since = oldest_demand(model)
+        if since is None or not model.queue or now - since <= LATE_SECS:
+            continue
+        reason = f"a deadline passed {now - (next_deadline or now):.0f} s ago unnoticed" if late else ""
+        reason = reason or _why(state, policy, model, now - since, now)
+        if reason:
+            found.append(c.Stall(model.name, now - since, reason))
+    return tuple(found)
+
+
+def _why(state: State, policy: Policy, model: Model, waiting: float, now: float) -> str:
+    switch = state.switch
+    if model.state is S.AWAKE:
+        full = model.spec.max_in_flight is not None and len(model.in_flight) >= model.spec.max_in_flight
+        gated = switch is not None and switch.gates(model.name)
+        return "" if full or gated or model.suspect_until > now else "it is awake, and nothing is forwarded"
+    if model.state in IN_TRANSITION:
+        assert model.deadline is not None
+        return "" if now - model.deadline <= LATE_SECS else f"it has been {model.state.value} for too long"
+    if switch is not None:
+        return _why_switch(state, now)
+    if state.mode.manual or state.jobs or state.shutdown_deadline is not None or policy.max_wait is None:
+        return ""
+    patience = policy.max_wait + max(state.settings.min_active, policy.max_turn(MAX_SWITCH_SECS)) + LATE_SECS
+    if model.loadable(now) and waiting > patience:
+        return f"policy {policy.name} passes it over"
+    return ""
+
+
+MAX_SWITCH_SECS = 120.0
+"""Two of the longest measurements that count: no turn is longer than what they are worth."""
+
+
+def _why_switch(state: State, now: float) -> str:
+    """Why the switch under way does not come to its end; empty if it may."""
+    switch = state.switch
+    assert switch is not None
+    if switch.phase in (c.Phase.COOLDOWN, c.Phase.DRAIN):
+        return ""
+    waits = [m for m in state.models.values() if m.state in IN_TRANSITION]
+    if waits or now - switch.phase_began <= LATE_SECS:
+        return ""
+    return f"switch {switch.id} has been in its {switch.phase.value} phase for {now - switch.phase_began:.0f} s"

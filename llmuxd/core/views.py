@@ -1,0 +1,95 @@
+"""What the policy is shown: the snapshot, made of the state. And which models would have to go for another one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from llmuxd.core.costs import estimate
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.eviction import STOP, EvictionPolicy, ProcessStrategy
+from llmuxd.core.policy import Candidate, ModelView, Snapshot
+from llmuxd.core.settings import InFlight
+from llmuxd.core.state import Model, State
+
+
+def has_demand(model: Model) -> bool:
+    """Whether requests wait for it, to be forwarded or, parked, to go on."""
+    return bool(model.queue) or model.parked()
+
+
+def may_park(state: State, model: Model, eviction: EvictionPolicy) -> bool:
+    """Whether an eviction pauses the model's requests in flight instead of waiting for them."""
+    parks = state.settings.in_flight is not InFlight.DRAIN
+    keeps = eviction.process is ProcessStrategy.KEEP_RUNNING and model.can_sleep
+    return parks and keeps and model.can_park
+
+
+def make_room(state: State, target: Model) -> dict[str, EvictionPolicy]:
+    """Which models have to go, and how, for `target` to fit: as few, as idle and as gently as possible."""
+    others = [m for m in state.models.values() if m is not target and m.name != state.mode.pinned]
+    awake = [m for m in others if m.state is S.AWAKE]
+    awake.sort(key=lambda m: (bool(m.in_flight or m.queue), m.idle_since))
+    tiers = [(m, m.eviction) for m in awake]
+    tiers += [(m, STOP) for m in others if m.state is S.ASLEEP and any(state.claim(m).values())]
+    tiers += [(m, STOP) for m in awake]
+    stopping = {m.name: STOP for m in others if m.state is S.STOPPING}
+    going: dict[str, EvictionPolicy] = {}
+    for model, eviction in tiers:
+        if state.fits(target, {**stopping, **going}):
+            break
+        going[model.name] = eviction
+    for name in list(going):
+        without = {n: p for n, p in going.items() if n != name}
+        if state.fits(target, {**stopping, **without}):
+            going = without
+    return going
+
+
+def snapshot(state: State, now: float, wanted: Collection[str], due: bool) -> Snapshot:
+    """All that a policy may know; the models that are `wanted` are its candidates."""
+    views = tuple(_view(state, model, now, model.name in wanted) for model in state.models.values())
+    return Snapshot(now, views, state.settings.min_active, state.arrived, due)
+
+
+def oldest_demand(model: Model) -> float | None:
+    """Since when the longest wait for the model has lasted: an arrival, or the parking of its requests."""
+    oldest = next(iter(model.queue.values())).arrived if model.queue else None
+    if model.parked():
+        oldest = model.since if oldest is None else min(oldest, model.since)
+    return oldest
+
+
+def _view(state: State, model: Model, now: float, wanted: bool) -> ModelView:
+    parked = len(model.in_flight) if model.parked() else 0
+    return ModelView(
+        name=model.name,
+        awake=model.state is S.AWAKE,
+        queued=len(model.queue),
+        in_flight=len(model.in_flight),
+        parked=parked,
+        oldest_arrival=oldest_demand(model),
+        waiting_secs=len(model.queue) * now - model.arrivals + parked * (now - model.since),
+        since=model.since,
+        drain_secs=_drain_secs(state, model, now),
+        priority=model.spec.priority,
+        candidate=_candidate(state, model) if wanted else None,
+    )
+
+
+def _drain_secs(state: State, model: Model, now: float) -> float:
+    if model.state is not S.AWAKE or not model.in_flight or may_park(state, model, model.eviction):
+        return 0.0
+    age = now - next(reversed(model.in_flight.values())).forwarded
+    # What has taken longer than usual already takes, as a rule of thumb, about as long again.
+    return max((model.costs.answer.value or 0.0) - age, age)
+
+
+def _candidate(state: State, model: Model) -> Candidate:
+    going = make_room(state, model)
+    costs = [m.costs for m in state.models.values()]
+    seconds = estimate("wake" if model.state is S.ASLEEP else "start", model.costs, costs)
+    for name, eviction in going.items():
+        victim = state.models[name]
+        sleeps = eviction.process is ProcessStrategy.KEEP_RUNNING and victim.can_sleep
+        seconds += estimate("sleep" if sleeps else "stop", victim.costs, costs)
+    return Candidate(tuple(going), seconds)
