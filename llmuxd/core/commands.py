@@ -136,6 +136,8 @@ class SwitchBegan:
     target: str | None
     """None when models are only put to sleep."""
     victims: tuple[str, ...]
+    asked: bool = False
+    """An operator asked for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ class Engines:
         """Note a failure and stop what is left. With `at_once` the first in a row costs no backoff."""
         settings = self._state.settings
         model.failures += 1
+        model.failed_at = now
         model.last_error = reason
         exponent = min(model.failures - (2 if at_once else 1), 32)
         delay = min(settings.backoff_cap, settings.backoff_base * 2.0**exponent) if exponent >= 0 else 0.0

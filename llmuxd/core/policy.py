@@ -41,8 +41,10 @@ class ModelView:
     since: float
     """When its engine came into its present state."""
     drain_secs: float
-    """If it is awake: how long it would still take to go once it is a victim. 0 where its requests can be parked,
-    else a guess from how long its answers take."""
+    """How long its requests in flight would still take, by a guess from how long its answers take; 0 if it is not
+    awake."""
+    parks: bool = False
+    """Whether a switch may park them instead of waiting."""
     priority: float = 1.0
     """How many times the waiting of its requests counts."""
     candidate: Candidate | None = None
@@ -82,6 +84,9 @@ class SwitchTo:
     """Make this model awake."""
 
     model: str
+    drain_secs: float = 0.0
+    """How long to let the victims finish what they have in flight, nothing new being forwarded to them, before what is
+    left is parked. Where it cannot be parked it is drained, however long that takes."""
 
 
 @dataclass(frozen=True, slots=True)

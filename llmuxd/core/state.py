@@ -90,6 +90,8 @@ class Model:
     can_sleep: bool = False
     failures: int = 0
     """In a row, without an answered request between them."""
+    failed_at: float = 0.0
+    """When it last did."""
     retry_at: float = 0.0
     last_error: str = ""
     suspect_until: float = 0.0
@@ -164,6 +166,8 @@ class Switch:
     phase_began: float
     forced: bool = False
     jobs: list[Job] = field(default_factory=list)
+    drain_secs: float = 0.0
+    """How long requests in flight may go on before they are parked."""
     made_room: bool = False
     """The sleepers on its devices were stopped after an out-of-memory error: it is not tried a third time."""
 

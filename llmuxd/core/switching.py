@@ -26,7 +26,7 @@ from llmuxd.core.policy import Decision, Policy, Snapshot, SwitchTo
 from llmuxd.core.requests import Requests
 from llmuxd.core.settings import InFlight
 from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, Job, Model, State, Switch
-from llmuxd.core.views import has_demand, make_room, may_park, snapshot
+from llmuxd.core.views import has_demand, make_room, may_park, oldest_demand, snapshot
 
 MIN_POLICY_DELAY_SECS = 0.01
 """A policy that wants to be asked again at once is asked a little later, so that it cannot spin."""
@@ -63,6 +63,10 @@ class Switching:
         awake = [m.since for m in self._victims(switch) if m.state is S.AWAKE]
         return max((since + min_active for since in awake), default=switch.began)
 
+    def drained_at(self, switch: Switch) -> float:
+        """When what the victims still have in flight is parked."""
+        return switch.phase_began + switch.drain_secs
+
     # 1. The phases
 
     def _cooldown(self, switch: Switch, now: float) -> bool:
@@ -78,6 +82,9 @@ class Switching:
         cut = self._state.settings.in_flight is InFlight.CUT
         busy = [m for m in self._victims(switch) if m.state is S.AWAKE and m.in_flight]
         held_up = [m for m in busy if not may_park(self._state, m, switch.victims[m.name])]
+        if busy and not cut and now < self.drained_at(switch):
+            return False
+        switch.drain_secs = 0.0
         if held_up and not cut:
             return False
         for model in held_up:
@@ -169,8 +176,8 @@ class Switching:
             for model in state.models.values():
                 if self.idle_until(model) <= now:
                     return self._begin(None, {model.name: model.eviction}, now)
-        target = self._choose(now, due)
-        return target is not None and self._begin(target, {}, now)
+        chosen = self._choose(now, due)
+        return chosen is not None and self._begin(chosen.model, {}, now, drain_secs=chosen.drain_secs)
 
     def idle_until(self, model: Model) -> float:
         """When the model is put to sleep if no request comes for it; infinity if never."""
@@ -179,27 +186,38 @@ class Switching:
             return float("inf")
         return model.idle_since + model.spec.ttl
 
-    def _choose(self, now: float, due: bool) -> str | None:
+    def _choose(self, now: float, due: bool) -> SwitchTo | None:
         """The model that should be made awake next, by the pin or by the policy."""
         state = self._state
         wanted = [m for m in state.models.values() if has_demand(m) and m.loadable(now)]
+        wanted = [m for m in wanted if not self._stands_back(m, wanted)]
         if state.mode.manual:
             wanted = [m for m in wanted if m.name == state.mode.pinned]
-            return wanted[0].name if wanted else None
+            return SwitchTo(wanted[0].name) if wanted else None
         if not wanted:
             return None
         decision = self._ask_policy(snapshot(state, now, {m.name for m in wanted}, due))
         if isinstance(decision, SwitchTo):
-            return decision.model
+            return decision
         if decision.until is not None:
             state.ask_policy_at = decision.until if decision.until > now else now + MIN_POLICY_DELAY_SECS
         return None
+
+    def _stands_back(self, model: Model, wanted: list[Model]) -> bool:
+        """Whether it failed, and others have waited since before that: it does not make them wait a second time."""
+        if not model.failures:
+            return False
+        return any(
+            not other.failures and (since := oldest_demand(other)) is not None and since < model.failed_at
+            for other in wanted
+        )
 
     def _ask_policy(self, snapshot: Snapshot) -> Decision:
         """What the policy decides; of one that breaks, a third party's, what fifo would."""
         try:
             decision = self.policy.decide(snapshot)
-            wrong = isinstance(decision, SwitchTo) and all(m.name != decision.model for m, _ in snapshot.candidates)
+            known = [model.name for model, _ in snapshot.candidates]
+            wrong = isinstance(decision, SwitchTo) and decision.model not in known
             problem = f"it chose {decision}, which is no candidate" if wrong else ""
         except Exception as error:
             problem = repr(error)
@@ -209,7 +227,12 @@ class Switching:
         return Fifo().decide(snapshot)
 
     def _begin(
-        self, target: str | None, victims: dict[str, EvictionPolicy], now: float, job: Job | None = None
+        self,
+        target: str | None,
+        victims: dict[str, EvictionPolicy],
+        now: float,
+        job: Job | None = None,
+        drain_secs: float = 0.0,
     ) -> bool:
         state = self._state
         forced = job is not None and job.forced
@@ -218,8 +241,9 @@ class Switching:
         state.last_switch += 1
         switch = Switch(state.last_switch, target, dict(victims), now, Phase.COOLDOWN, now, forced)
         switch.jobs = [job] if job is not None else []
+        switch.drain_secs = drain_secs
         state.switch = switch
-        state.out.append(c.SwitchBegan(switch.id, target, tuple(victims)))
+        state.out.append(c.SwitchBegan(switch.id, target, tuple(victims), asked=job is not None))
         return True
 
     # Helpers

@@ -51,6 +51,18 @@ def snapshot(state: State, now: float, wanted: Collection[str], due: bool) -> Sn
     return Snapshot(now, views, state.settings.min_active, state.arrived, due)
 
 
+def candidate_of(state: State, model: Model) -> Candidate:
+    """What it would take to make the model awake now."""
+    going = make_room(state, model)
+    costs = [m.costs for m in state.models.values()]
+    seconds = estimate("wake" if model.state is S.ASLEEP else "start", model.costs, costs)
+    for name, eviction in going.items():
+        victim = state.models[name]
+        sleeps = eviction.process is ProcessStrategy.KEEP_RUNNING and victim.can_sleep
+        seconds += estimate("sleep" if sleeps else "stop", victim.costs, costs)
+    return Candidate(tuple(going), seconds)
+
+
 def oldest_demand(model: Model) -> float | None:
     """Since when the longest wait for the model has lasted: an arrival, or the parking of its requests."""
     oldest = next(iter(model.queue.values())).arrived if model.queue else None
@@ -70,26 +82,16 @@ def _view(state: State, model: Model, now: float, wanted: bool) -> ModelView:
         oldest_arrival=oldest_demand(model),
         waiting_secs=len(model.queue) * now - model.arrivals + parked * (now - model.since),
         since=model.since,
-        drain_secs=_drain_secs(state, model, now),
+        drain_secs=_drain_secs(model, now),
+        parks=may_park(state, model, model.eviction),
         priority=model.spec.priority,
-        candidate=_candidate(state, model) if wanted else None,
+        candidate=candidate_of(state, model) if wanted else None,
     )
 
 
-def _drain_secs(state: State, model: Model, now: float) -> float:
-    if model.state is not S.AWAKE or not model.in_flight or may_park(state, model, model.eviction):
+def _drain_secs(model: Model, now: float) -> float:
+    if model.state is not S.AWAKE or not model.in_flight:
         return 0.0
     age = now - next(reversed(model.in_flight.values())).forwarded
     # What has taken longer than usual already takes, as a rule of thumb, about as long again.
     return max((model.costs.answer.value or 0.0) - age, age)
-
-
-def _candidate(state: State, model: Model) -> Candidate:
-    going = make_room(state, model)
-    costs = [m.costs for m in state.models.values()]
-    seconds = estimate("wake" if model.state is S.ASLEEP else "start", model.costs, costs)
-    for name, eviction in going.items():
-        victim = state.models[name]
-        sleeps = eviction.process is ProcessStrategy.KEEP_RUNNING and victim.can_sleep
-        seconds += estimate("sleep" if sleeps else "stop", victim.costs, costs)
-    return Candidate(tuple(going), seconds)

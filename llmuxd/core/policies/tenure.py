@@ -10,12 +10,12 @@ from llmuxd.core.policy import Decision, PolicyParameters, Snapshot, Stay, Switc
 @dataclass(frozen=True, slots=True)
 class Tenure:
     quantum: float = 2.0
-    max_wait: float | None = 15.0
+    max_wait: float | None = None
     name: str = "tenure"
 
     @classmethod
     def build(cls, parameters: PolicyParameters) -> Tenure:
-        return cls(max_wait=parameters.max_wait)
+        return cls()
 
     def max_turn(self, switch_secs: float) -> float:
         return self.quantum * switch_secs

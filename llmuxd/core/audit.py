@@ -1,0 +1,170 @@
+"""The invariants: what must hold after every event, whatever happens, and the auditor that sees to it.
+
+They are checked in the simulator, in the property tests, and in production, where each costs a few microseconds per
+event. The auditor believes nothing of the state that it can follow from the events and commands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmuxd.core import commands as c
+from llmuxd.core import events as e
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.selfcheck import LATE_SECS
+from llmuxd.core.state import IN_TRANSITION, Model
+from llmuxd.core.views import candidate_of, has_demand, oldest_demand
+
+if TYPE_CHECKING:
+    from llmuxd.core.switcher import Switcher
+
+INVARIANTS: Mapping[str, str] = {
+    "memory": "On no device is more memory in use than it has.",
+    "forwarded_to_awake": "No request is forwarded to an engine that is not awake.",
+    "ends_once": "Every accepted request ends exactly once: by an answer, by an error, or because its client left.",
+    "accounts": "Every accepted request that has not ended is in exactly one queue or in flight at one engine.",
+    "deadlines": "No engine is in a transition without a deadline, or beyond it.",
+    "staleness": "A request beyond the policy's staleness bound waits only for the turn or switch under way, its own "
+    "switch, and those of requests that have waited longer.",
+    "failures": "A model that failed is not tried again before those that have waited since before it failed: it "
+    "delays the others by one switch at most.",
+    "manual": "In manual mode nothing is switched but by an operator's word and to the pinned model.",
+}
+"""Name -> what must hold."""
+
+_EPSILON = 1e-6
+"""Seconds that two sums of the same durations may differ by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """An invariant that does not hold."""
+
+    invariant: str
+    detail: str
+    at: float
+
+    def __str__(self) -> str:
+        sentence = INVARIANTS.get(self.invariant, "")
+        return f"{self.invariant} at {self.at:.3f} s: {self.detail}" + (f" ({sentence})" if sentence else "")
+
+
+class Auditor:
+    """Follows one switcher. `observe` is to be called with every event and what came of it, in their order."""
+
+    def __init__(self, switcher: Switcher) -> None:
+        self._switcher = switcher
+        self._state = switcher.state
+        self._open: set[int] = set()
+        self._awake: set[str] = set()
+        self._found: Violation | None = None
+        self._now = 0.0
+
+    def observe(self, event: e.Event, commands: Sequence[c.Command], now: float) -> Violation | None:
+        """The first invariant that is broken, None if all hold."""
+        self._now, self._found = now, None
+        self._before(event)
+        for command in commands:
+            self._follow(command)
+        self._check_state()
+        return self._found
+
+    def _broken(self, invariant: str, detail: str) -> None:
+        self._found = self._found or Violation(invariant, detail, self._now)
+
+    # Events and commands, by themselves
+
+    def _before(self, event: e.Event) -> None:
+        if isinstance(event, e.RequestArrived):
+            self._open.add(event.request)
+        elif isinstance(event, (e.RequestFinished, e.ClientLeft)):
+            self._ends(event.request)
+
+    def _ends(self, request: int) -> None:
+        if request not in self._open:
+            self._broken("ends_once", f"request {request} ends, and had ended before")
+        self._open.discard(request)
+
+    def _follow(self, command: c.Command) -> None:
+        if isinstance(command, c.Forward):
+            if command.model not in self._awake:
+                self._broken("forwarded_to_awake", f"request {command.request} to {command.model}")
+            if command.request not in self._open:
+                self._broken("ends_once", f"request {command.request} is forwarded, and had ended before")
+        elif isinstance(command, (c.Refuse, c.Abort)):
+            self._ends(command.request)
+        elif isinstance(command, c.EngineChanged):
+            if command.new is S.AWAKE:
+                self._awake.add(command.model)
+            else:
+                self._awake.discard(command.model)
+        elif isinstance(command, c.SwitchBegan) and not command.asked:
+            self._check_choice(command.target)
+
+    # The policy's choice
+
+    def _check_choice(self, target: str | None) -> None:
+        mode = self._state.mode
+        if mode.manual and (target is None or target != mode.pinned):
+            self._broken("manual", f"a switch to {target} begins by itself")
+        if target is None or mode.manual:
+            return
+        model = self._state.models[target]
+        own = oldest_demand(model)
+        bound = self._switcher.policy.max_wait
+        for other in self._state.models.values():
+            since = oldest_demand(other)
+            if other is model or since is None or not self._in_good_order(other):
+                continue
+            if model.failures and since < model.failed_at - _EPSILON:
+                self._broken("failures", f"{target} is tried again, {other.name} has waited since before it failed")
+            overdue = bound is not None and self._now - since > bound + _EPSILON
+            if overdue and not model.failures and own is not None and since < own - _EPSILON:
+                self._broken("staleness", f"{target} is next, {other.name} has waited {self._now - since:.3f} s")
+
+    def _in_good_order(self, model: Model) -> bool:
+        return model.loadable(self._now) and not model.failures
+
+    # The state
+
+    def _check_state(self) -> None:
+        state = self._state
+        for device, used in state.used().items():
+            if used > state.devices[device]:
+                self._broken("memory", f"{device} has {state.devices[device]}, in use are {used}")
+        queued = in_flight = 0
+        for model in state.models.values():
+            queued += len(model.queue)
+            in_flight += len(model.in_flight)
+            if model.state in IN_TRANSITION:
+                if model.deadline is None:
+                    self._broken("deadlines", f"{model.name} is {model.state.value} without one")
+                elif self._now > model.deadline + LATE_SECS:
+                    self._broken("deadlines", f"{model.name} is {model.state.value} beyond its deadline")
+        if len(self._open) != len(state.requests) or len(self._open) != queued + in_flight or queued != state.queued:
+            self._broken(
+                "accounts", f"open {len(self._open)}, known {len(state.requests)}, placed {queued} + {in_flight}"
+            )
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        """While nothing is switched, nobody may be waiting beyond the bound whose turn has come."""
+        state, policy = self._state, self._switcher.policy
+        if state.switch is not None or state.mode.manual or state.shutdown_deadline is not None:
+            return
+        if policy.max_wait is None or state.jobs:
+            return
+        for model in state.models.values():
+            if not has_demand(model) or not self._in_good_order(model):
+                continue
+            since = oldest_demand(model)
+            assert since is not None
+            if self._now - since <= policy.max_wait + _EPSILON:
+                continue
+            candidate = candidate_of(state, model)
+            turn = max(state.settings.min_active, policy.max_turn(candidate.switch_secs))
+            awake = [state.models[name].since for name in candidate.victims if state.models[name].state is S.AWAKE]
+            if self._now > max(awake, default=since) + turn + LATE_SECS:
+                self._broken("staleness", f"{model.name} has waited {self._now - since:.3f} s, nothing is switched")

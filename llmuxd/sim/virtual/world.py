@@ -1,0 +1,342 @@
+"""A run: the production core, with a virtual clock in place of the runtime and simulated engines in place of vLLM.
+
+The world is a heap of things that will happen. Each is handed to the core as the event that the runtime would make of
+it; the core's commands are carried out by `engine.VirtualEngine`. After every event the auditor checks the
+invariants, and the memory that the engines really hold is compared with what the devices have.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from llmuxd.core import commands as c
+from llmuxd.core import events as e
+from llmuxd.core.audit import Auditor, Violation
+from llmuxd.core.settings import ModelSpec
+from llmuxd.core.state import IllegalEvent
+from llmuxd.core.switcher import Switcher
+from llmuxd.sim.virtual.engine import Physical, VirtualEngine
+from llmuxd.sim.virtual.scenario import Action, Arrival, EngineDies, Move, OperationGoesWrong, Scenario
+
+RESTART_SECS = 0.5
+"""Between the end of one daemon and the next one's adoption of its engines."""
+
+PATIENCE_SECS = 100_000.0
+"""A run that has not come to rest by then never will."""
+
+
+@dataclass(slots=True)
+class Client:
+    """One request as its client saw it. Times are of the virtual clock."""
+
+    arrival: Arrival
+    forwarded: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+    answered: bool = False
+    paused_since: float | None = None
+    longest_pause: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What came of a run."""
+
+    clients: list[Client] = field(default_factory=list)
+    switches: int = 0
+    """Those that put something to sleep for something else."""
+    switching_secs: float = 0.0
+    serving_secs: float = 0.0
+    """How long at least one awake engine had something to do."""
+    ended: float = 0.0
+    violation: Violation | None = None
+    events: int = 0
+
+
+class World:
+    """One run of a scenario. `log` is given a line for each event and what came of it."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        *,
+        log: Callable[[str], None] | None = None,
+        build_switcher: Callable[..., Switcher] = Switcher,
+    ) -> None:
+        self.scenario = scenario
+        self.now = 0.0
+        self.outcome = Outcome()
+        self._log = log
+        self._build_switcher = build_switcher
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._requests = itertools.count()
+        self._jobs = itertools.count(1)
+        self._tick_at: float | None = None
+        self._clients: dict[int, Client] = {}
+        """Those that have not ended, by request."""
+        self._down = False
+        """Between two daemons."""
+        self.life = 0
+        """Counts the daemons; what concerns an earlier one is void."""
+        self._busy_since: float | None = None
+        self._busy: set[str] = set()
+        self.engines = {
+            model.spec.name: VirtualEngine(self, model, scenario.build_service()) for model in scenario.models
+        }
+        self.faults = {(f.model, f.kind, f.nth): f.fault for f in scenario.faults if isinstance(f, OperationGoesWrong)}
+        self.hidden_lies = 0
+        self._out = set(scenario.out_at_first)
+        self._boot()
+
+    # The clock
+
+    def at(self, when: float, happen: Callable[[], None]) -> None:
+        """Have something happen."""
+        heapq.heappush(self._heap, (max(when, self.now), next(self._order), happen))
+
+    def run(self) -> Outcome:
+        """From the first event until nothing is left to happen, or an invariant is broken."""
+        scenario = self.scenario
+        for arrival in scenario.arrivals:
+            self.at(arrival.at, partial(self._arrive, arrival))
+        for action in scenario.actions:
+            self.at(action.at, partial(self._act, action))
+        for fault in scenario.faults:
+            if isinstance(fault, EngineDies):
+                self.at(fault.at, partial(self._kill, fault))
+        if scenario.actions:
+            # What waits for an operator would wait for ever.
+            last = max([a.at for a in scenario.actions] + [a.at for a in scenario.arrivals])
+            self.at(last + 1.0, partial(self._act, Action(last + 1.0, Move.AUTO)))
+        while self._heap and self.outcome.violation is None:
+            when, _, happen = heapq.heappop(self._heap)
+            if when > PATIENCE_SECS:
+                # All that is left are timers.
+                break
+            self.now = when
+            happen()
+        if self.outcome.violation is None and self._clients:
+            request = next(iter(self._clients))
+            self.violate("ends_once", f"request {request} never ends")
+        self.outcome.ended = self.now
+        return self.outcome
+
+    def violate(self, name: str, detail: str) -> None:
+        """An invariant is broken, seen from outside the core."""
+        self.outcome.violation = self.outcome.violation or Violation(name, detail, self.now)
+
+    # Feeding the core
+
+    def post(self, event: e.Event) -> None:
+        """Hand an event to the core and carry out what it commands."""
+        if self._down:
+            return
+        self.outcome.events += 1
+        commands = self.switcher.handle(event, self.now)
+        if self._log is not None:
+            self._log(f"{self.now:.6f} {event}")
+            for command in commands:
+                self._log(f"    {command}")
+        broken = self._auditor.observe(event, commands, self.now)
+        if broken is not None:
+            self.outcome.violation = self.outcome.violation or broken
+            return
+        for command in commands:
+            self._carry_out(command)
+        self._arm()
+
+    def _arm(self) -> None:
+        due = self.switcher.next_deadline
+        if due is not None and (self._tick_at is None or due < self._tick_at):
+            self._tick_at = due
+            self.at(due, partial(self._tick, due, self.life))
+
+    def _tick(self, due: float, life: int) -> None:
+        if life != self.life or self._tick_at != due:
+            return
+        self._tick_at = None
+        next_due = self.switcher.next_deadline
+        if next_due is not None and next_due <= self.now:
+            self.post(e.Tick())
+        else:
+            self._arm()
+
+    def _carry_out(self, command: c.Command) -> None:
+        if isinstance(command, c.Forward):
+            client = self._clients[command.request]
+            client.forwarded = self.now
+            self.engines[command.model].accept(command.request, client.arrival.work)
+        elif isinstance(command, (c.Refuse, c.Abort)):
+            self._end(command.request, answered=False)
+        elif isinstance(command, (c.StartEngine, c.SleepEngine, c.WakeEngine, c.StopEngine)):
+            self.engines[command.model].carry_out(command)
+        elif isinstance(command, c.SwitchPhaseEnded):
+            if command.phase in (c.Phase.SLEEP, c.Phase.WAKE):
+                self.outcome.switching_secs += command.seconds
+        elif isinstance(command, c.SwitchEnded) and command.victims and not command.cancelled:
+            self.outcome.switches += 1
+
+    # Clients
+
+    def _arrive(self, arrival: Arrival) -> None:
+        client = Client(arrival)
+        self.outcome.clients.append(client)
+        known = not self._down and arrival.model in self.switcher.state.models and arrival.model not in self._out
+        if not known:
+            # The proxy answers 404, or nobody listens: the core never hears of it.
+            client.ended = self.now
+            return
+        request = next(self._requests)
+        self._clients[request] = client
+        if arrival.leaves_after is not None:
+            self.at(self.now + arrival.leaves_after, partial(self._leave, request))
+        self.post(e.RequestArrived(request, arrival.model))
+
+    def _leave(self, request: int) -> None:
+        client = self._clients.get(request)
+        if client is not None:
+            self._end(request, answered=False)
+            self.post(e.ClientLeft(request))
+
+    def _end(self, request: int, *, answered: bool) -> None:
+        client = self._clients.pop(request)
+        client.ended, client.answered = self.now, answered
+        self.engines[client.arrival.model].forget(request)
+
+    # What the engines tell of requests
+
+    def holds(self, request: int) -> bool:
+        """Whether the request has not ended."""
+        return request in self._clients
+
+    def first_token(self, request: int) -> None:
+        client = self._clients[request]
+        if client.first_token is None:
+            client.first_token = self.now
+
+    def paused(self, request: int) -> None:
+        """A request stands still in an engine that goes to sleep."""
+        client = self._clients[request]
+        if client.first_token is not None and client.paused_since is None:
+            client.paused_since = self.now
+
+    def resumed(self, request: int) -> None:
+        client = self._clients[request]
+        if client.paused_since is not None:
+            client.longest_pause = max(client.longest_pause, self.now - client.paused_since)
+            client.paused_since = None
+
+    def finished(self, request: int) -> None:
+        self._end(request, answered=True)
+        self.post(e.RequestFinished(request))
+
+    def broken(self, request: int) -> None:
+        """The engine died over a request."""
+        client = self._clients[request]
+        if client.first_token is None:
+            self.post(e.RequestBounced(request))
+        else:
+            self._end(request, answered=False)
+            self.post(e.RequestFinished(request, ok=False))
+
+    def busy(self, model: str, busy: bool) -> None:
+        """An engine has begun, or ceased, to compute."""
+        if busy == (model in self._busy):
+            return
+        if busy:
+            self._busy.add(model)
+            self._busy_since = self.now if self._busy_since is None else self._busy_since
+            return
+        self._busy.discard(model)
+        if not self._busy and self._busy_since is not None:
+            self.outcome.serving_secs += self.now - self._busy_since
+            self._busy_since = None
+
+    # Memory
+
+    def free(self, device: str) -> int:
+        """What no engine really holds."""
+        return self.scenario.devices[device] - sum(engine.holds().get(device, 0) for engine in self.engines.values())
+
+    # Operators
+
+    def _act(self, action: Action) -> None:
+        if action.move is Move.RESTART:
+            self._restart()
+            return
+        if self._down:
+            return
+        event = self._event_of(action)
+        if event is not None:
+            self.post(event)
+
+    def _event_of(self, action: Action) -> e.Event | None:
+        if action.move is Move.RELOAD:
+            return self._reload(action.model)
+        if action.move in (Move.MANUAL, Move.AUTO):
+            return e.SetMode(action.move is Move.MANUAL)
+        if action.model not in self.switcher.state.models:
+            return None
+        make: Callable[[int, str], e.Event] = {
+            Move.SWITCH: e.OperatorSwitch,
+            Move.WAKE: e.OperatorWake,
+            Move.SLEEP: e.OperatorSleep,
+            Move.STOP: e.OperatorStop,
+            Move.PIN: e.Pin,
+        }[action.move]  # type: ignore[assignment]
+        return make(next(self._jobs), action.model)
+
+    def _reload(self, model: str) -> e.Reload:
+        """The model goes if it is in, comes back if it is out; what stays is called changed, every second one."""
+        self._out ^= {model}
+        specs = self._specs()
+        if not specs:
+            self._out.clear()
+            specs = self._specs()
+        changed = frozenset(spec.name for spec in specs[::2])
+        return e.Reload(specs, self.scenario.settings, self.scenario.policy, changed)
+
+    def _specs(self) -> tuple[ModelSpec, ...]:
+        return tuple(model.spec for model in self.scenario.models if model.spec.name not in self._out)
+
+    # The daemon
+
+    def _boot(self) -> None:
+        """A daemon starts, and adopts what engines it finds."""
+        self._down = False
+        self.life += 1
+        self._tick_at = None
+        scenario = self.scenario
+        self.switcher = self._build_switcher(
+            self._specs(), scenario.devices, scenario.settings, scenario.policy, self.now
+        )
+        self._auditor = Auditor(self.switcher)
+        for name, engine in self.engines.items():
+            if self.life == 1 and scenario.begin_asleep:
+                engine.be_asleep()
+            if name not in self.switcher.state.models or not engine.adoptable():
+                engine.vanish()
+                continue
+            try:
+                self.post(engine.adoption())
+            except IllegalEvent:
+                engine.vanish()
+
+    def _restart(self) -> None:
+        if self._down:
+            return
+        self._down = True
+        self.life += 1
+        for request in list(self._clients):
+            self._end(request, answered=False)
+        self.at(self.now + RESTART_SECS, self._boot)
+
+    def _kill(self, fault: EngineDies) -> None:
+        engine = self.engines[fault.model]
+        if engine.physical is not Physical.GONE:
+            engine.die("killed", fault.noticed_after)
