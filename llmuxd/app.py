@@ -50,7 +50,12 @@ def build_app(config: Config) -> App:
     runtime = Runtime(config, metrics)
     steering = Steering(runtime)
     return App(
-        proxy=build_proxy(runtime.gate, max_body_bytes=config.max_body_bytes, metrics=metrics),
+        proxy=build_proxy(
+            runtime.gate,
+            max_body_bytes=config.max_body_bytes,
+            metrics=metrics,
+            heartbeat_secs=config.heartbeat_secs,
+        ),
         metrics=build_metrics(metrics) if config.metrics_port else None,
         control=build_control(steering),
         switcher=runtime.switcher,

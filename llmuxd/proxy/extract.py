@@ -1,4 +1,4 @@
-"""Which model a request names. Pure: the body is looked into and never changed.
+"""Which model a request names, and whether it asks for a stream. Pure: the body is looked into and never changed.
 
 Where a body could be read in two ways, the reading is the one that vLLM's own server has (of several fields or keys
 of a name, the last), so that the engine which is woken is the engine that is meant.
@@ -10,25 +10,32 @@ import json
 import re
 from email.message import Message
 from email.parser import BytesHeaderParser
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
 from llmuxd.proxy.errors import Rejected
 
 _PART_HEAD_BYTES = 16 * 1024
+_JSON_STARTS_WITHIN_BYTES = 64
 _DELIMITER_END = re.compile(rb"(--)|[ \t]*\r\n")
 
 
-def model_of(override: str | None, query: str, content_type: str, encoded: bool, body: bytes) -> str:
+class Wanted(NamedTuple):
+    """What a request asks for."""
+
+    model: str
+    stream: bool
+    """Its JSON body has `"stream": true`."""
+
+
+def wanted(override: str | None, query: str, content_type: str, encoded: bool, body: bytes) -> Wanted:
     """The model's name: of the override header, of `?model=`, of a form's field, of the JSON body, in this order.
 
-    `encoded` says that the body has a Content-Encoding. Raises Rejected (400) if there is none to be had.
+    `encoded` says that the body has a Content-Encoding. Raises Rejected (400) if there is no name to be had.
     """
-    if override:
-        return override
-    named = parse_qs(query).get("model")
+    named = override or parse_qs(query).get("model", [""])[-1]
     if named:
-        return named[-1]
+        return Wanted(named, not encoded and _may_stream(body) and _streams(body))
     if not body:
         raise _no_model()
     if encoded:
@@ -41,11 +48,24 @@ def model_of(override: str | None, query: str, content_type: str, encoded: bool,
     header = Message()
     header["Content-Type"] = content_type
     if header.get_content_type() == "multipart/form-data":
-        return _of_form(header, body)
+        return Wanted(_of_form(header, body), False)
     return _of_json(body)
 
 
-def _of_json(body: bytes) -> str:
+def _may_stream(body: bytes) -> bool:
+    """Whether it is worth parsing: a body whose model is known may be anything, and large."""
+    return body[:_JSON_STARTS_WITHIN_BYTES].lstrip().startswith(b"{") and b'"stream"' in body
+
+
+def _streams(body: bytes) -> bool:
+    try:
+        value: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return value.get("stream") is True
+
+
+def _of_json(body: bytes) -> Wanted:
     try:
         value: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -55,7 +75,7 @@ def _of_json(body: bytes) -> str:
         raise _no_model()
     if not isinstance(model, str):
         raise Rejected(400, "invalid_model", "`model` is not a string", "model")
-    return model
+    return Wanted(model, value.get("stream") is True)
 
 
 def _of_form(header: Message, body: bytes) -> str:

@@ -15,10 +15,10 @@ from llmuxd.gate import Gate, Refused, ServedModel
 from llmuxd.metrics import Metrics
 from llmuxd.proxy.connection import ClientConnection
 from llmuxd.proxy.errors import Rejected, error_response, internal_error, model_not_found
-from llmuxd.proxy.extract import model_of
+from llmuxd.proxy.extract import wanted
 from llmuxd.proxy.headers import MODEL_OVERRIDE, REQUEST_ID, SERVER_TIMING, request_id, server_timing
 from llmuxd.proxy.relay import Forwarded, Relay, strip_added
-from llmuxd.proxy.routes import Action, Route, route
+from llmuxd.proxy.routes import STREAMED, Action, Route, route
 from llmuxd.proxy.upstream import Engines
 
 log = logging.getLogger("llmuxd.proxy")
@@ -30,10 +30,13 @@ _NO_MODEL = "-"
 _VERSIONS = (HttpVersion10, HttpVersion11)
 
 
-def build_proxy(gate: Gate, *, max_body_bytes: int, metrics: Metrics) -> web.Application:
-    """The proxy's application; `serve_proxy` serves it. A larger body than `max_body_bytes` is a 413."""
+def build_proxy(gate: Gate, *, max_body_bytes: int, metrics: Metrics, heartbeat_secs: float = 0.0) -> web.Application:
+    """The proxy's application; `serve_proxy` serves it. A larger body than `max_body_bytes` is a 413.
+
+    A stream that is silent for `heartbeat_secs` is sent a comment; 0 for never.
+    """
     engines = Engines()
-    proxy = _Proxy(gate, engines, max_body_bytes, metrics)
+    proxy = _Proxy(gate, engines, max_body_bytes, metrics, heartbeat_secs)
 
     @web.middleware
     async def unroutable(
@@ -87,11 +90,14 @@ class _Call:
 
 
 class _Proxy:
-    def __init__(self, gate: Gate, engines: Engines, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self, gate: Gate, engines: Engines, max_body_bytes: int, metrics: Metrics, heartbeat_secs: float
+    ) -> None:
         self._gate = gate
         self._engines = engines
         self._max_body_bytes = max_body_bytes
         self._metrics = metrics
+        self._heartbeat_secs = heartbeat_secs
         self._created = int(time.time())
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -137,7 +143,7 @@ class _Proxy:
     async def _forward(self, call: _Call, way: Route) -> web.StreamResponse:
         request = call.request
         body = await self._read(call)
-        name = model_of(
+        name, stream = wanted(
             request.headers.get(MODEL_OVERRIDE),
             way.query,
             request.headers.get("Content-Type", ""),
@@ -148,7 +154,9 @@ class _Proxy:
         if model is None:
             raise model_not_found(name, (one.id for one in self._gate.served))
         call.submitted(model)
-        relay = Relay(self._gate, self._engines, Forwarded(request, call.id, model, body))
+        stream = stream and request.method == "POST" and way.path in STREAMED
+        forwarded = Forwarded(request, call.id, model, body, stream)
+        relay = Relay(self._gate, self._engines, forwarded, self._heartbeat_secs)
         try:
             return await relay.run()
         finally:

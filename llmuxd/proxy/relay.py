@@ -3,12 +3,16 @@
 The ticket ends exactly once: `finish` when the engine's answer is complete or broke off, `left` in every other case
 in which the core has not ended it already. Both causes that end a request from outside, the client that goes away
 and the core that breaks it off, arrive as a cancellation; `_refused` tells which of them it was.
+
+A stream that waits for long is sent comments, under a head of our own. A refusal that comes after them is an event,
+and so is an answer of the engine that is no stream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +22,15 @@ from aiohttp import ClientResponse, web
 from llmuxd.core.commands import Refusal
 from llmuxd.gate import STATUS_OF, Gate, Grant, Refused, Ticket
 from llmuxd.proxy.connection import ClientConnection
-from llmuxd.proxy.errors import error_body, internal_error
+from llmuxd.proxy.errors import internal_error
+from llmuxd.proxy.events import comment, error_event, is_event_stream, retold
 from llmuxd.proxy.headers import SERVER_TIMING, server_timing, to_client, to_engine
-from llmuxd.proxy.upstream import ENGINE_FAILED, SAYS_DEAD, Engines, is_event_stream
+from llmuxd.proxy.heartbeat import Heartbeat, waiting_response
+from llmuxd.proxy.upstream import ENGINE_FAILED, SAYS_DEAD, Engines, whole_error
 
 log = logging.getLogger("llmuxd.proxy")
 
-_ERROR_EVENT_SECS = 1.0
+_LAST_WORDS_SECS = 1.0
 _BODILESS = (204, 304)
 ENGINE_DIED_STATUS = STATUS_OF[Refusal.ENGINE_DIED][0]
 _ADDED_BY_SERVER = ("Content-Type", "Date", "Server")
@@ -38,6 +44,8 @@ class Forwarded:
     id: str
     model: str
     body: bytes
+    stream: bool
+    """It asks for server-sent events, so comments may come before them."""
 
 
 class RelayedResponse(web.StreamResponse):
@@ -76,12 +84,21 @@ async def strip_added(_request: web.Request, response: web.StreamResponse) -> No
 class Relay:
     """Takes one request through the gate to its engine, and the answer back."""
 
-    def __init__(self, gate: Gate, engines: Engines, forwarded: Forwarded) -> None:
+    def __init__(self, gate: Gate, engines: Engines, forwarded: Forwarded, heartbeat_secs: float) -> None:
         self._engines = engines
         self._forwarded = forwarded
         self._request = forwarded.request
+        # A client of HTTP/1.0 could not tell a stream of comments that broke off from its end.
+        self._heartbeat_secs = heartbeat_secs if forwarded.request.version >= (1, 1) else 0.0
+        self._since = time.monotonic()
         self._ticket: Ticket = gate.submit(forwarded.model)
-        self._response: RelayedResponse | None = None
+        self._grant: Grant | None = None
+        """While it waits for the first bytes of an answer, and later."""
+        self._answer: ClientResponse | None = None
+        self._response: web.StreamResponse | None = None
+        """The engine's head, or one of our own if the client was sent a comment before the engine answered."""
+        self._begun = False
+        """What follows the head is the engine's."""
         self._refused: Refused | None = None
         self._tail = b""
         self.status = 0
@@ -103,83 +120,174 @@ class Relay:
             if self._refused is None or self._request.transport is None:
                 raise
             _uncancel(task)
+            return await self._fail(self._refused)
+        except Refused as refused:
+            return await self._fail(refused)
+        except Exception:
             if self._response is None or not self._response.prepared:
-                raise self._refused from None
-            return await self._break_off(self._response, self._refused)
-        except Exception as error:
-            if self._response is None or not self._response.prepared or isinstance(error, Refused):
                 raise
             log.exception("%s: the relay broke", self._forwarded.id)
-            return await self._break_off(self._response, internal_error())
+            return await self._fail(internal_error())
         finally:
             self._ticket.left()
 
     async def _serve(self) -> web.StreamResponse:
-        grant, answer, chunk = await self._ask()
         try:
-            response = RelayedResponse(answer, self._request, self._forwarded.id)
-            response.headers.add(SERVER_TIMING, server_timing(grant.queue_secs, grant.switch_secs))
-            self._response = response
-            await _to_client(response.prepare(self._request))
-            events, died = is_event_stream(response.headers.get("Content-Type", "")), False
-            while chunk:
-                await _to_client(response.write(chunk))
-                if events:
-                    self._tail = (self._tail + chunk[-4:])[-4:]
-                    died = died or SAYS_DEAD in chunk
-                try:
-                    chunk = await answer.content.readany()
-                except ENGINE_FAILED as error:
-                    return await self._break_off(response, _broken(grant.model, error))
+            async with Heartbeat(self._heartbeat_secs if self._forwarded.stream else 0.0, self._say_waiting):
+                grant, answer, first = await self._ask()
+            if self._response is not None and not _continues(answer):
+                return await self._retell(self._response, grant, answer, first)
+            self._begun = True
+            if self._response is None:
+                self._response = RelayedResponse(answer, self._request, self._forwarded.id)
+                self._response.headers.add(SERVER_TIMING, server_timing(grant.queue_secs, grant.switch_secs))
+                await _to_client(self._response.prepare(self._request))
+            died = await self._pass_on(self._response, grant, answer, first)
             self._ticket.finish(not died)
-            self.status = ENGINE_DIED_STATUS if died else response.status
-            await _to_client(response.write_eof())
-            return response
+            self.status = ENGINE_DIED_STATUS if died else answer.status
+            await _to_client(self._response.write_eof())
+            return self._response
         finally:
-            answer.close()
+            if self._answer is not None:
+                self._answer.close()
 
     async def _ask(self) -> tuple[Grant, ClientResponse, bytes]:
         """Wait for admission and for the answer to begin, twice if the engine goes away in between."""
         request, forwarded = self._request, self._forwarded
         headers = to_engine(request.raw_headers, forwarded.id)
         while True:
-            grant = await self._ticket.admitted()
+            grant = self._grant = await self._ticket.admitted()
             try:
-                answer, first = await self._engines.ask(
+                self._answer, first = await self._engines.ask(
                     grant.endpoint, request.method, request.raw_path, headers, forwarded.body
                 )
             except ENGINE_FAILED as error:
                 log.warning("%s: no answer of %s: %s", forwarded.id, grant.model, error or type(error).__name__)
+                self._grant = None
                 self._ticket.retry()
             else:
-                return grant, answer, first
+                return grant, self._answer, first
 
-    async def _break_off(self, response: RelayedResponse, refused: Refused) -> web.StreamResponse:
+    async def _pass_on(self, response: web.StreamResponse, grant: Grant, answer: ClientResponse, chunk: bytes) -> bool:
+        """Relay the body, chunk by chunk. True if it says that the engine is dead."""
+        events, died = is_event_stream(response.headers.get("Content-Type", "")), False
+        async with Heartbeat(self._heartbeat_secs if _takes_events(response) else 0.0, self._say_silent) as heartbeat:
+            while chunk:
+                heartbeat.heard()
+                if events:
+                    self._tail = (self._tail + chunk[-4:])[-4:]
+                    died = died or SAYS_DEAD in chunk
+                await _to_client(response.write(chunk))
+                try:
+                    chunk = await answer.content.readany()
+                except ENGINE_FAILED as error:
+                    raise _broken(grant.model, error) from error
+        return died
+
+    async def _say_waiting(self) -> None:
+        """There is no answer yet: a comment, in a stream that begins with the first of them."""
+        if self._response is None and not _unread(self._request):
+            grant = self._grant
+            queue_secs = time.monotonic() - self._since if grant is None else grant.queue_secs
+            timing = server_timing(queue_secs, 0.0 if grant is None else grant.switch_secs)
+            response = waiting_response(self._forwarded.id, timing)
+            await response.prepare(self._request)
+            self._response = response
+        await self._say_silent()
+
+    async def _say_silent(self) -> None:
+        """A comment, where one may stand. Never on top of what the client has not taken yet, so they cannot pile up."""
+        if self._response is not None and self._between_events() and not _unread(self._request):
+            await self._response.write(comment(self._forwarded.model))
+
+    def _between_events(self) -> bool:
+        return self._tail in (b"", b"\r\n\r\n") or self._tail.endswith(b"\n\n")
+
+    async def _fail(self, refused: Refused) -> web.StreamResponse:
+        """The core, the engine or we ourselves ended the request. Raises `refused` if nothing was sent yet."""
+        response = self._response
+        if response is None or not response.prepared:
+            raise refused from None
+        if self._begun:
+            return await self._break_off(response, refused)
+        return await self._tell(response, refused.status, error_event(self._request.path, refused))
+
+    async def _retell(
+        self, response: web.StreamResponse, grant: Grant, answer: ClientResponse, first: bytes
+    ) -> web.StreamResponse:
+        """The engine's answer is no stream, but the client has been told that there is one."""
+        try:
+            body = await whole_error(answer, first)
+        except ENGINE_FAILED as error:
+            self._ticket.finish(False)
+            raise _broken(grant.model, error) from error
+        self._ticket.finish(True)
+        # A success without events cannot be handed over any more: a gateway's failure.
+        status = answer.status if answer.status >= 400 else 502
+        return await self._tell(response, status, retold(self._request.path, answer.status, body))
+
+    async def _tell(self, response: web.StreamResponse, status: int, event: bytes) -> web.StreamResponse:
+        """Say in an event what the status and the body of an answer would have said.
+
+        The stream then ends as it should. Nothing of an answer was cut: this event is all of it, and clients raise
+        it. Of a connection that breaks they would report only that, or try again.
+        """
+        self.status = status
+        log.info("%s: an error event instead of an answer with status %d", self._forwarded.id, status)
+        if not (await _sent_soon(response.write(event)) and await _sent_soon(response.write_eof())):
+            self._hang_up(response)
+        return response
+
+    async def _break_off(self, response: web.StreamResponse, refused: Refused) -> web.StreamResponse:
         """End an answer that has begun, in a way that cannot be taken for its end."""
         self._ticket.finish(False)
         self.status = refused.status
         log.warning("%s: broken off: %s", self._forwarded.id, refused)
-        if self._takes_events(response):
-            separator = b"" if self._tail in (b"", b"\r\n\r\n") or self._tail.endswith(b"\n\n") else b"\n\n"
-            event = separator + b"data: " + error_body(refused) + b"\n\n"
-            try:
-                await asyncio.wait_for(response.write(event), _ERROR_EVENT_SECS)
-            except (OSError, asyncio.TimeoutError):
-                pass
-        connection = self._request.protocol
-        if isinstance(connection, ClientConnection):
-            connection.break_off(framed=not response.unframed)
-        else:
-            connection.force_close()
+        if _takes_events(response):
+            separator = b"" if self._between_events() else b"\n\n"
+            await _sent_soon(response.write(separator + error_event(self._request.path, refused)))
+        self._hang_up(response)
         return response
 
-    def _takes_events(self, response: RelayedResponse) -> bool:
-        headers = response.headers
-        return (
-            is_event_stream(headers.get("Content-Type", ""))
-            and "Content-Length" not in headers
-            and "Content-Encoding" not in headers
-        )
+    def _hang_up(self, response: web.StreamResponse) -> None:
+        connection = self._request.protocol
+        if isinstance(connection, ClientConnection):
+            connection.break_off(framed=not (isinstance(response, RelayedResponse) and response.unframed))
+        else:
+            connection.force_close()
+
+
+def _takes_events(response: web.StreamResponse) -> bool:
+    """Whether an event of our own can be put into it."""
+    headers = response.headers
+    return (
+        is_event_stream(headers.get("Content-Type", ""))
+        and "Content-Length" not in headers
+        and "Content-Encoding" not in headers
+    )
+
+
+def _continues(answer: ClientResponse) -> bool:
+    """Whether an engine's answer is a stream that can follow a head of our own."""
+    headers = answer.headers
+    return (
+        answer.status == 200 and is_event_stream(headers.get("Content-Type", "")) and "Content-Encoding" not in headers
+    )
+
+
+def _unread(request: web.Request) -> bool:
+    """Whether a client has not taken yet what was sent, or is not there any more."""
+    transport = request.transport
+    return transport is None or transport.get_write_buffer_size() > 0
+
+
+async def _sent_soon(sending: Awaitable[object]) -> bool:
+    """Send some last words; False if the client does not take them."""
+    try:
+        await asyncio.wait_for(sending, _LAST_WORDS_SECS)
+    except (OSError, asyncio.TimeoutError):
+        return False
+    return True
 
 
 async def _to_client(sending: Awaitable[object]) -> None:

@@ -19,6 +19,12 @@ _PATHS = frozenset({"/tokenize", "/detokenize", "/pooling", "/classify", "/score
 _OPERATORS_OWN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/inference/v1/abort_requests"})
 """In those trees, but they change the engine, or end requests, for everybody."""
 
+MESSAGES = "/v1/messages"
+"""Anthropic's API; all others are OpenAI's or vLLM's."""
+
+STREAMED = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", MESSAGES, "/inference/v1/generate"})
+"""Where `"stream": true` is answered by server-sent events. Elsewhere vLLM ignores it."""
+
 _MODELS = "/v1/models"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 

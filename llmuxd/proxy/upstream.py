@@ -9,6 +9,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from llmuxd.engine import Endpoint
+from llmuxd.proxy.events import is_event_stream
 
 ENGINE_FAILED = (aiohttp.ClientError, OSError)
 """What is raised when an engine cannot be reached, goes away, says that it is dead, or does not speak HTTP."""
@@ -20,6 +21,7 @@ _NOT_TO_BE_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
 _COPIED_AT_ONCE_BYTES = 1024 * 1024
 _ERROR_BYTES = 64 * 1024
+"""No error that an engine means for a human is longer."""
 
 
 class EngineDead(aiohttp.ClientError):
@@ -84,9 +86,12 @@ class Engines:
         return session
 
 
-def is_event_stream(content_type: str) -> bool:
-    """Whether a body of this type consists of server-sent events."""
-    return content_type.partition(";")[0].strip().lower() == "text/event-stream"
+async def whole_error(answer: aiohttp.ClientResponse, first: bytes) -> bytes:
+    """The body of an answer that is worth telling in other words, as far as that. Raises one of ENGINE_FAILED."""
+    body = first
+    while len(body) < _ERROR_BYTES and (piece := await answer.content.readany()):
+        body += piece
+    return body[:_ERROR_BYTES]
 
 
 async def _first_bytes(answer: aiohttp.ClientResponse) -> bytes:

@@ -380,6 +380,7 @@ async def serving(
     *,
     models: tuple[str, ...] = ("a",),
     holds: tuple[str, ...] = (),
+    heartbeat_secs: float = 0.0,
     **settings: Any,
 ) -> AsyncIterator[Stack]:
     """A stack whose engines all follow `script`. Fails if at its end the core still holds a request."""
@@ -392,7 +393,7 @@ async def serving(
             for name in models
         }
         served = Stack(engines, switcher, set(holds))
-        app = build_proxy(served.gate, max_body_bytes=MAX_BODY, metrics=served.metrics)
+        app = build_proxy(served.gate, max_body_bytes=MAX_BODY, metrics=served.metrics, heartbeat_secs=heartbeat_secs)
         served.site = await serve_proxy(app, "127.0.0.1", 0)
         try:
             yield served

@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmuxd.proxy.errors import Rejected
-from llmuxd.proxy.extract import model_of
+from llmuxd.proxy.extract import wanted
 
 JSON = "application/json"
 FORM = "multipart/form-data; boundary=xyz"
 
 
 def of_body(body: bytes, content_type: str = JSON) -> str:
-    return model_of(None, "", content_type, False, body)
+    return wanted(None, "", content_type, False, body).model
 
 
 def code_of(body: bytes, content_type: str = JSON, encoded: bool = False) -> str:
     with pytest.raises(Rejected) as rejected:
-        model_of(None, "", content_type, encoded, body)
+        wanted(None, "", content_type, encoded, body)
     assert rejected.value.status == 400
     return rejected.value.code
 
@@ -36,17 +36,17 @@ END = b"--xyz--\r\n"
 
 def test_the_header_wins_over_the_query_over_the_body() -> None:
     body = b'{"model": "body"}'
-    assert model_of("header", "model=query", JSON, False, body) == "header"
-    assert model_of(None, "x=1&model=query", JSON, False, body) == "query"
-    assert model_of("", "model=", JSON, False, body) == "body"
-    assert model_of(None, "model=org%2Fname+x", JSON, False, body) == "org/name x"
-    assert model_of(None, "model=a&model=b", JSON, False, body) == "b"
+    assert wanted("header", "model=query", JSON, False, body).model == "header"
+    assert wanted(None, "x=1&model=query", JSON, False, body).model == "query"
+    assert wanted("", "model=", JSON, False, body).model == "body"
+    assert wanted(None, "model=org%2Fname+x", JSON, False, body).model == "org/name x"
+    assert wanted(None, "model=a&model=b", JSON, False, body).model == "b"
 
 
 def test_with_a_header_or_a_query_the_body_may_be_anything() -> None:
     for body in (b"", b"{", b"\xff\x00"):
-        assert model_of("a", "", JSON, False, body) == "a"
-        assert model_of(None, "model=a", FORM, True, body) == "a"
+        assert wanted("a", "", JSON, False, body).model == "a"
+        assert wanted(None, "model=a", FORM, True, body).model == "a"
 
 
 @pytest.mark.parametrize(
@@ -175,3 +175,29 @@ def test_any_bytes_are_a_model_or_a_400(body: bytes, content_type: str) -> None:
     for whole in (body, b"--xyz\r\n" + body, part("model", body) + END):
         found = outcome(whole, content_type)
         assert found if isinstance(found, str) else found.status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "stream"),
+    [
+        (b'{"model": "a", "stream": true}', True),
+        (b' \n{"stream":true,"model":"a"}', True),
+        (b'{"model": "a", "stream": false}', False),
+        (b'{"model": "a", "stream": 1}', False),
+        (b'{"model": "a", "x": {"stream": true}}', False),
+        (b'{"model": "a", "stream": true, "stream": null}', False),
+        (b'{"model": "a"}', False),
+    ],
+)
+def test_whether_a_stream_is_asked_for(body: bytes, stream: bool) -> None:
+    assert wanted(None, "", JSON, False, body) == ("a", stream)
+    assert wanted("b", "", JSON, False, body) == ("b", stream)
+    assert wanted(None, "model=b", JSON, False, body) == ("b", stream)
+    assert wanted("b", "", JSON, True, body) == ("b", False)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"stream": true', b'{"stream"', b'["stream"]', b"", b'{"stream": ' + b"[" * 100_000]
+)
+def test_a_body_that_need_not_be_read_asks_for_no_stream(body: bytes) -> None:
+    assert wanted("a", "", JSON, False, body) == ("a", False)

@@ -1,0 +1,69 @@
+"""What is said in server-sent events: that somebody waits, and what is wrong. Pure."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from llmuxd.gate import Refused
+from llmuxd.proxy.errors import error_body
+from llmuxd.proxy.routes import MESSAGES
+
+_SHOWN_CHARS = 200
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def is_event_stream(content_type: str) -> bool:
+    """Whether a body of this type consists of server-sent events."""
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"
+
+
+def comment(model: str) -> bytes:
+    """What no client takes for anything, and a human who looks at the stream understands."""
+    return f": llmux waiting for {' '.join(model.split())}\n\n".encode("utf-8", "replace")
+
+
+def error_event(path: str, refused: Refused) -> bytes:
+    """The event that the path's API has for a failure in mid-stream."""
+    if path == MESSAGES:
+        kind = _ANTHROPIC_TYPES.get(refused.status, "api_error")
+        error = {"type": "error", "error": {"type": kind, "message": refused.message}}
+        return _anthropic(json.dumps(error).encode())
+    return b"data: " + error_body(refused) + b"\n\n"
+
+
+def retold(path: str, status: int, body: bytes) -> bytes:
+    """The event for an engine's answer that has no stream: its own error object if it has one, in one line."""
+    try:
+        value: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    value = value if isinstance(value, dict) else {}
+    error = value.get("error")
+    if isinstance(error, dict) and (path != MESSAGES or value.get("type") == "error"):
+        line = json.dumps(value).encode()
+        return _anthropic(line) if path == MESSAGES else b"data: " + line + b"\n\n"
+    said = (error if isinstance(error, dict) else value).get("message")
+    message = said if isinstance(said, str) else f"the engine answered {status}: {_shown(body)}"
+    kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
+    refused = Refused(status, "engine_error", kind, message)
+    refused.param = None  # What it is about is the engine's to know.
+    return error_event(path, refused)
+
+
+def _anthropic(line: bytes) -> bytes:
+    return b"event: error\ndata: " + line + b"\n\n"
+
+
+def _shown(body: bytes) -> str:
+    return body.decode("utf-8", "replace")[:_SHOWN_CHARS] or "nothing"
