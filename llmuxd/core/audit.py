@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.selfcheck import LATE_SECS
+from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS
 from llmuxd.core.state import IN_TRANSITION, Model
-from llmuxd.core.views import candidate_of, has_demand, oldest_demand
+from llmuxd.core.views import candidate_of, has_demand, oldest_demand, typical_switch_secs
 
 if TYPE_CHECKING:
     from llmuxd.core.switcher import Switcher
@@ -113,15 +113,17 @@ class Auditor:
             return
         model = self._state.models[target]
         own = oldest_demand(model)
-        bound = self._switcher.policy.max_wait
+        policy = self._switcher.policy
         for other in self._state.models.values():
             since = oldest_demand(other)
             if other is model or since is None or not self._in_good_order(other):
                 continue
             if model.failures and since < model.failed_at - _EPSILON:
                 self._broken("failures", f"{target} is tried again, {other.name} has waited since before it failed")
-            overdue = bound is not None and self._now - since > bound + _EPSILON
-            if overdue and not model.failures and own is not None and since < own - _EPSILON:
+            if model.failures or own is None or since >= own - _EPSILON:
+                continue
+            bound = policy.bound(typical_switch_secs(self._state))
+            if bound is not None and self._now - since > bound + _EPSILON:
                 self._broken("staleness", f"{target} is next, {other.name} has waited {self._now - since:.3f} s")
 
     def _in_good_order(self, model: Model) -> bool:
@@ -154,17 +156,21 @@ class Auditor:
         state, policy = self._state, self._switcher.policy
         if state.switch is not None or state.mode.manual or state.shutdown_deadline is not None:
             return
-        if policy.max_wait is None or state.jobs:
+        if state.jobs:
             return
         for model in state.models.values():
             if not has_demand(model) or not self._in_good_order(model):
                 continue
             since = oldest_demand(model)
             assert since is not None
-            if self._now - since <= policy.max_wait + _EPSILON:
-                continue
             candidate = candidate_of(state, model)
-            turn = max(state.settings.min_active, policy.max_turn(candidate.switch_secs))
-            awake = [state.models[name].since for name in candidate.victims if state.models[name].state is S.AWAKE]
-            if self._now > max(awake, default=since) + turn + LATE_SECS:
+            bound = policy.bound(typical_switch_secs(state))
+            if bound is None or self._now - since <= bound + _EPSILON:
+                continue
+            if self._now > since + bound + MAX_TURN_SECS and not self._is_served(candidate.victims, since + bound):
                 self._broken("staleness", f"{model.name} has waited {self._now - since:.3f} s, nothing is switched")
+
+    def _is_served(self, victims: Sequence[str], overdue_at: float) -> bool:
+        """Whether one of them still has requests queued that came before something else was overdue."""
+        queues = [self._state.models[name].queue for name in victims]
+        return any(queue and next(iter(queue.values())).arrived < overdue_at for queue in queues)

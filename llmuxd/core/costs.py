@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -37,6 +38,26 @@ class Costs:
     answer: Average = field(default_factory=Average)
     """From the forwarding of a request to its end, if it was not paused in between."""
 
+
+class Rate:
+    """How often something happens, per second, as seen over about the last `WINDOW_SECS`."""
+
+    __slots__ = ("_at", "_value")
+
+    def __init__(self) -> None:
+        self._value = 0.0
+        self._at = 0.0
+
+    def count(self, now: float) -> None:
+        """It happens."""
+        self._value = self.at(now) + 1 / WINDOW_SECS
+        self._at = now
+
+    def at(self, now: float) -> float:
+        return self._value * math.exp((self._at - now) / WINDOW_SECS)
+
+
+WINDOW_SECS = 60.0
 
 UNMEASURED = {"start": CAP_SECS, "wake": 5.0, "sleep": 5.0, "stop": 5.0}
 """Seconds that are assumed as long as no engine has done it. A switch of 10 s is llmux 0.7's guess."""

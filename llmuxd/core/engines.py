@@ -44,6 +44,8 @@ class Engines:
         timeout = self._state.settings.sleep_timeout
         self._enter(model, c.SleepEngine, S.FALLING_ASLEEP, now, timeout)
         model.asleep_by = eviction
+        if model.in_flight and not model.answered:
+            model.barren_turns += 1
         self._state.out.append(c.SleepEngine(model.name, op, eviction, mode, timeout))
 
     def stop(self, model: Model, now: float, reason: str = "") -> None:
@@ -81,6 +83,7 @@ class Engines:
         model.costs.wake.add(self._enter(model, e.EngineWoke, S.AWAKE, now))
         model.asleep_by = None
         model.idle_since = now
+        model.answered = False
         return True
 
     def stopped(self, event: e.EngineStopped, now: float) -> bool:

@@ -45,6 +45,10 @@ class ModelView:
     awake."""
     parks: bool = False
     """Whether a switch may park them instead of waiting."""
+    barren_turns: int = 0
+    """How often in a row it was put to sleep with requests in flight without having answered one since it woke."""
+    arrival_rate: float = 0.0
+    """Requests that came per second, lately."""
     priority: float = 1.0
     """How many times the waiting of its requests counts."""
     candidate: Candidate | None = None
@@ -58,6 +62,8 @@ class Snapshot:
 
     now: float
     models: tuple[ModelView, ...]
+    typical_switch_secs: float = 10.0
+    """The measured cost of a switch, on the average over the models."""
     min_active: float = 0.0
     """No model is put to sleep before it has been awake for this many seconds."""
     arrived: str | None = None
@@ -105,19 +111,11 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def max_wait(self) -> float | None:
-        """The staleness bound, in seconds; None if it promises none.
+    def bound(self, typical_switch_secs: float) -> float | None:
+        """The staleness bound in seconds, where switches cost what is typical; None if it promises none.
 
         With one, the policy never chooses another model while the longest wait of a candidate is beyond it, and
-        chooses that candidate as soon as what is in its way has been awake for its turn (`max_turn`).
-        """
-        ...
-
-    def max_turn(self, switch_secs: float) -> float:
-        """For how long, at most, an awake model is left alone although the wait of another is beyond `max_wait`.
-
-        `switch_secs` is the measured cost of the switch between them.
+        chooses the candidate that waits longest as soon as what is in its way has had its turn.
         """
         ...
 

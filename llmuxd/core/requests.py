@@ -44,6 +44,7 @@ class Requests:
             state.out.append(c.Refuse(request.id, *refusal))
             return
         state.requests[request.id] = request
+        model.rate.count(now)
         if not model.queue and self.may_forward(model, now):
             self._forward(model, request, now)
             return
@@ -60,6 +61,8 @@ class Requests:
         assert request is not None
         if event.ok:
             self._engines.succeeded(model)
+            model.answered = True
+            model.barren_turns = 0
             if request.forwarded >= model.since:
                 model.costs.answer.add(now - request.forwarded)
         return model

@@ -10,7 +10,10 @@ from llmuxd.core import commands as c
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.policy import Policy
 from llmuxd.core.state import IN_TRANSITION, Model, State
-from llmuxd.core.views import oldest_demand
+from llmuxd.core.views import oldest_demand, typical_switch_secs
+
+MAX_TURN_SECS = 600.0
+"""No awake model is left alone for longer, whatever it has to do, while another one is overdue."""
 
 LATE_SECS = 5.0
 """How far behind its deadlines the core may be. Its timers are due within milliseconds."""
@@ -42,16 +45,12 @@ def _why(state: State, policy: Policy, model: Model, waiting: float, now: float)
         return "" if now - model.deadline <= LATE_SECS else f"it has been {model.state.value} for too long"
     if switch is not None:
         return _why_switch(state, now)
-    if state.mode.manual or state.jobs or state.shutdown_deadline is not None or policy.max_wait is None:
+    if state.mode.manual or state.jobs or state.shutdown_deadline is not None or not model.loadable(now):
         return ""
-    patience = policy.max_wait + max(state.settings.min_active, policy.max_turn(MAX_SWITCH_SECS)) + LATE_SECS
-    if model.loadable(now) and waiting > patience:
+    bound = policy.bound(typical_switch_secs(state))
+    if bound is not None and waiting > bound + MAX_TURN_SECS:
         return f"policy {policy.name} passes it over"
     return ""
-
-
-MAX_SWITCH_SECS = 120.0
-"""Two of the longest measurements that count: no turn is longer than what they are worth."""
 
 
 def _why_switch(state: State, now: float) -> str:

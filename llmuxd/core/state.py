@@ -16,7 +16,7 @@ from typing import Any
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
-from llmuxd.core.costs import Costs
+from llmuxd.core.costs import Costs, Rate
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.core.settings import ModelSpec, Settings
@@ -107,6 +107,12 @@ class Model:
     costs: Costs = field(default_factory=Costs)
     queue: dict[int, Request] = field(default_factory=dict)
     """Waiting, the next one to forward first, which is the one that arrived first."""
+    answered: bool = False
+    """It has answered a request since it became awake."""
+    barren_turns: int = 0
+    """How often in a row it was put to sleep with requests in flight and had not."""
+    rate: Rate = field(default_factory=Rate)
+    """Of arrivals."""
     arrivals: float = 0.0
     """The sum of the arrival times in `queue`: how long all of them have waited is known without a look at each."""
     in_flight: dict[int, Request] = field(default_factory=dict)

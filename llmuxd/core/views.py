@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from llmuxd.core.costs import estimate
+from llmuxd.core.costs import Costs, estimate
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import STOP, EvictionPolicy, ProcessStrategy
 from llmuxd.core.policy import Candidate, ModelView, Snapshot
@@ -48,7 +48,14 @@ def make_room(state: State, target: Model) -> dict[str, EvictionPolicy]:
 def snapshot(state: State, now: float, wanted: Collection[str], due: bool) -> Snapshot:
     """All that a policy may know; the models that are `wanted` are its candidates."""
     views = tuple(_view(state, model, now, model.name in wanted) for model in state.models.values())
-    return Snapshot(now, views, state.settings.min_active, state.arrived, due)
+    return Snapshot(now, views, typical_switch_secs(state), state.settings.min_active, state.arrived, due)
+
+
+def typical_switch_secs(state: State) -> float:
+    """What a switch costs on the average, whatever the engines are doing just now."""
+    nobody = Costs()
+    costs = [m.costs for m in state.models.values()]
+    return estimate("sleep", nobody, costs) + estimate("wake", nobody, costs)
 
 
 def candidate_of(state: State, model: Model) -> Candidate:
@@ -84,6 +91,8 @@ def _view(state: State, model: Model, now: float, wanted: bool) -> ModelView:
         since=model.since,
         drain_secs=_drain_secs(model, now),
         parks=may_park(state, model, model.eviction),
+        barren_turns=model.barren_turns,
+        arrival_rate=model.rate.at(now),
         priority=model.spec.priority,
         candidate=candidate_of(state, model) if wanted else None,
     )

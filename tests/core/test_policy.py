@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -16,21 +17,29 @@ from tests.core.playbook import Play
 def view(
     name: str,
     *,
-    awake: bool = False,
     queued: int = 0,
     in_flight: int = 0,
-    parked: int = 0,
     oldest: float | None = None,
     waiting: float = 0.0,
     since: float = 0.0,
-    drain: float = 0.0,
-    priority: float = 1.0,
     cost: float | None = None,
     victims: tuple[str, ...] = ("a",),
+    **more: Any,
 ) -> ModelView:
     """A model; with `cost` it may be switched to."""
-    candidate = None if cost is None else Candidate(victims, cost)
-    return ModelView(name, awake, queued, in_flight, parked, oldest, waiting, since, drain, priority, candidate)
+    return ModelView(
+        name=name,
+        awake=more.pop("awake", False),
+        queued=queued,
+        in_flight=in_flight,
+        parked=more.pop("parked", 0),
+        oldest_arrival=oldest,
+        waiting_secs=waiting,
+        since=since,
+        drain_secs=more.pop("drain", 0.0),
+        candidate=None if cost is None else Candidate(victims, cost),
+        **more,
+    )
 
 
 def test_fifo_takes_the_model_whose_request_has_waited_longest():
@@ -50,10 +59,9 @@ class Scripted:
 
     answers: list[Decision]
     name: str = "scripted"
-    max_wait: float | None = None
 
-    def max_turn(self, switch_secs: float) -> float:
-        return 0.0
+    def bound(self, typical_switch_secs: float) -> float | None:
+        return None
 
     def decide(self, snapshot: Snapshot) -> Decision:
         self.snapshot = snapshot
@@ -73,7 +81,10 @@ def test_a_policy_may_wait_and_is_asked_again():
     assert play.ask(7, 2, "b") == ["start b"]
     seen = policy.snapshot
     assert (seen.now, seen.arrived, seen.due) == (7, "b", False)
-    assert seen.models[1] == view("b", queued=2, oldest=0, waiting=7.0, cost=60.0, victims=())
+    assert seen.models[1] == view(
+        "b", queued=2, oldest=0, waiting=7.0, cost=60.0, victims=(), arrival_rate=seen.models[1].arrival_rate
+    )
+    assert 1 / 60 < seen.models[1].arrival_rate < 2 / 60
 
 
 class Broken(Scripted):
@@ -84,7 +95,7 @@ class Broken(Scripted):
 @pytest.mark.parametrize(
     ("policy", "problem"),
     [
-        (Scripted([SwitchTo("c")]), "it chose SwitchTo(model='c'), which is no candidate"),
+        (Scripted([SwitchTo("c")]), "it chose SwitchTo(model='c', drain_secs=0.0), which is no candidate"),
         (Broken([]), "RuntimeError('oh')"),
     ],
 )

@@ -27,7 +27,7 @@ class CostAware:
     """Seconds that requests are collected before a switch that does not pay yet."""
     amortization_factor: float = 0.5
     """Waiting requests that make a switch worth it, per second of its cost."""
-    max_wait: float | None = 15.0
+    max_wait: float = 15.0
     """Seconds."""
     name: str = "cost_aware"
 
@@ -35,8 +35,8 @@ class CostAware:
     def build(cls, parameters: PolicyParameters) -> CostAware:
         return cls(parameters.coalesce_window, parameters.amortization_factor, parameters.max_wait)
 
-    def max_turn(self, switch_secs: float) -> float:
-        return 0.0
+    def bound(self, typical_switch_secs: float) -> float | None:
+        return self.max_wait
 
     def decide(self, snapshot: Snapshot) -> Decision:
         times = [
@@ -45,7 +45,7 @@ class CostAware:
         ]
         if not times:
             return Stay()
-        overdue = [(oldest, name) for _, oldest, name in times if snapshot.now - oldest >= (self.max_wait or 0.0)]
+        overdue = [(oldest, name) for _, oldest, name in times if snapshot.now - oldest >= self.max_wait]
         if overdue:
             return SwitchTo(min(overdue)[1])
         at, _, name = min(times)
@@ -64,4 +64,4 @@ class CostAware:
             at = now
         else:
             at = oldest + self.coalesce_window
-        return min(at, oldest + (self.max_wait or 0.0))
+        return min(at, oldest + self.max_wait)

@@ -15,13 +15,12 @@ class Fifo:
     """
 
     name: str = "fifo"
-    max_wait: float | None = 0.0
 
     @classmethod
     def build(cls, _parameters: PolicyParameters) -> Fifo:
         return cls()
 
-    def max_turn(self, switch_secs: float) -> float:
+    def bound(self, typical_switch_secs: float) -> float | None:
         return 0.0
 
     def decide(self, snapshot: Snapshot) -> Decision:

@@ -24,23 +24,22 @@ class TimeSlice:
 
     tick_interval: float = 0.5
     """Seconds between two looks at the queues."""
-    arrival_wait: float = 15.0
-    """The wait, in seconds, beyond which an arrival switches at once: `max_wait` of the config."""
+    max_wait: float = 15.0
+    """Seconds."""
     name: str = "time_slice"
-    max_wait: float | None = None
 
     @classmethod
     def build(cls, parameters: PolicyParameters) -> TimeSlice:
         return cls(parameters.tick_interval, parameters.max_wait)
 
-    def max_turn(self, switch_secs: float) -> float:
-        return math.inf
+    def bound(self, typical_switch_secs: float) -> float | None:
+        return None
 
     def decide(self, snapshot: Snapshot) -> Decision:
         now = snapshot.now
         deepest: tuple[int, str] | None = None
         for model, candidate in snapshot.candidates:
-            overdue = model.oldest_arrival is not None and now - model.oldest_arrival >= self.arrival_wait
+            overdue = model.oldest_arrival is not None and now - model.oldest_arrival >= self.max_wait
             if not candidate.victims or (overdue and snapshot.arrived == model.name):
                 return SwitchTo(model.name)
             busy = any(victim.queued or victim.in_flight for victim in snapshot.victims(candidate))

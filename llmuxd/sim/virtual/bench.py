@@ -108,7 +108,10 @@ def scenario_of(case: Case, arrivals: Sequence[Arrival]) -> Scenario:
     )
     # Nobody is turned away, however long the queue: what is compared is the waiting.
     settings = Settings(
-        request_timeout=1e9, in_flight=case.in_flight, min_active=0.0 if serial or case.policy != "time_slice" else 5.0, max_queue=10**9
+        request_timeout=1e9,
+        in_flight=case.in_flight,
+        min_active=0.0 if serial or case.policy != "time_slice" else 5.0,
+        max_queue=10**9,
     )
     return Scenario(
         models=models,
@@ -123,9 +126,7 @@ def scenario_of(case: Case, arrivals: Sequence[Arrival]) -> Scenario:
 def _row(case: Case, outcome: Outcome) -> dict[str, Any]:
     clients = outcome.clients
     serving = outcome.serving_secs
-    spent = serving + (
-        outcome.switches * case.switch_cost if case.service == "serial" else outcome.switching_secs
-    )
+    spent = serving + (outcome.switches * case.switch_cost if case.service == "serial" else outcome.switching_secs)
     ttft = [c.first_token - c.arrival.at for c in clients if c.first_token is not None]
     e2e = [c.ended - c.arrival.at for c in clients if c.answered and c.ended is not None]
     waits = [c.forwarded - c.arrival.at for c in clients if c.forwarded is not None]

@@ -113,7 +113,7 @@ class BatchSpeed:
     0.3 requests/s each and the answer lengths of the Aegaeon traces take about 4 s per answer.
     """
 
-    prefill_secs_per_token: float = 0.00005
+    prefill_secs_per_token: float = 0.000025
     step_secs: float = 0.010
     """One decoding step, in which each running request gets a token."""
     step_secs_per_request: float = 0.0001
