@@ -40,6 +40,8 @@ class ModelView:
     """The time that all queued and parked requests have waited so far, summed."""
     since: float
     """When its engine came into its present state."""
+    last_arrival: float
+    """When the last request for it came; minus infinity if none has."""
     drain_secs: float
     """How long its requests in flight would still take, by a guess from how long its answers take; 0 if it is not
     awake."""

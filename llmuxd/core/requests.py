@@ -45,6 +45,7 @@ class Requests:
             return
         state.requests[request.id] = request
         model.rate.count(now)
+        model.last_arrival = now
         if not model.queue and self.may_forward(model, now):
             self._forward(model, request, now)
             return

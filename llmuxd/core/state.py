@@ -111,6 +111,7 @@ class Model:
     """It has answered a request since it became awake."""
     barren_turns: int = 0
     """How often in a row it was put to sleep with requests in flight and had not."""
+    last_arrival: float = float("-inf")
     rate: Rate = field(default_factory=Rate)
     """Of arrivals."""
     arrivals: float = 0.0

@@ -89,6 +89,7 @@ def _view(state: State, model: Model, now: float, wanted: bool) -> ModelView:
         oldest_arrival=oldest_demand(model),
         waiting_secs=len(model.queue) * now - model.arrivals + parked * (now - model.since),
         since=model.since,
+        last_arrival=model.last_arrival,
         drain_secs=_drain_secs(model, now),
         parks=may_park(state, model, model.eviction),
         barren_turns=model.barren_turns,

@@ -36,6 +36,7 @@ def view(
         oldest_arrival=oldest,
         waiting_secs=waiting,
         since=since,
+        last_arrival=more.pop("last_arrival", float("-inf")),
         drain_secs=more.pop("drain", 0.0),
         candidate=None if cost is None else Candidate(victims, cost),
         **more,
@@ -82,7 +83,14 @@ def test_a_policy_may_wait_and_is_asked_again():
     seen = policy.snapshot
     assert (seen.now, seen.arrived, seen.due) == (7, "b", False)
     assert seen.models[1] == view(
-        "b", queued=2, oldest=0, waiting=7.0, cost=60.0, victims=(), arrival_rate=seen.models[1].arrival_rate
+        "b",
+        queued=2,
+        oldest=0,
+        waiting=7.0,
+        cost=60.0,
+        victims=(),
+        last_arrival=7,
+        arrival_rate=seen.models[1].arrival_rate,
     )
     assert 1 / 60 < seen.models[1].arrival_rate < 2 / 60
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmuxd.core.policy import Candidate, Decision, ModelView, PolicyParameters, Snapshot, Stay, SwitchTo
 
-_HALVED, _DOUBLED = 0.25, 2.0
+_LEAST, _MOST = 0.25, 2.0
 _MOST_BARREN = 6
 
 
@@ -25,7 +25,9 @@ class Tenure:
     go. The last term pays for what comes with parking, the requests' KV caches that have to be computed again. A
     candidate that has only parked requests, whose clients have seen an answer begin, waits `parked_costs` x C
     instead of the first term. Turns that end without a single answer double the model's next one, so that long
-    prompts and slow machines make progress, too. A model with nothing in flight and nothing queued has no turn left.
+    prompts and slow machines make progress, too. A model with
+    nothing in flight and nothing queued has no turn left; only for `linger_costs` x C after its last request came it
+    is left alone, because the next one often follows closely.
 
     1. Overdue is a candidate whose longest wait is beyond `max_wait` + `overdue_costs` x the
        typical cost of a switch. If there are any, the one
@@ -36,8 +38,8 @@ class Tenure:
     3. A model that has requests queued at a full engine (`max_in_flight`) is left alone: each of them would have to
        wait for two switches. Only those that came after a candidate became overdue do not count any more.
 
-    Where requests in flight cannot be parked the switch has to wait for them, so turns are `drain_stretch` times as
-    long. Where they can, but will be answered within `finish_costs` x C, they are given that long before they are.
+    Where requests in flight cannot be parked the switch has to wait for them: turns are `drain_stretch` times as long,
+    and the factor is not below 1. Where they can, but will be answered within `finish_costs` x C, they are given that long before they are.
 
     Sources: gated and time-limited service of queues with switchover costs (Takagi, Analysis of Polling Systems,
     1986); serve the longest waiting line (Liu, Nain, Towsley 1992); tenure that grows with the queue (Celik, Borst,
@@ -49,12 +51,13 @@ class Tenure:
     """Seconds."""
     turn_costs: float = 2.5
     parked_costs: float = 30.0
-    drain_stretch: float = 1.6
+    drain_stretch: float = 1.3
     secs_per_request: float = 0.2
     """Seconds of turn per request in flight."""
     queued_costs: float = 10.0
     overdue_costs: float = 15.0
     finish_costs: float = 0.5
+    linger_costs: float = 0.02
     name: str = "tenure"
 
     @classmethod
@@ -101,15 +104,19 @@ class Tenure:
         for victim in snapshot.victims(candidate):
             if victim.queued and (victim.oldest_arrival or 0.0) < overdue_at:
                 return max(overdue_at, snapshot.now) if overdue_at > snapshot.now else math.inf
-            turn = self._turn(victim, model, candidate) if victim.in_flight or victim.queued else 0.0
-            ready = max(ready, victim.since + max(turn, snapshot.min_active))
+            ready = max(ready, victim.since + snapshot.min_active)
+            if victim.in_flight or victim.queued:
+                ready = max(ready, victim.since + self._turn(victim, model, candidate))
+            else:
+                ready = max(ready, victim.last_arrival + self.linger_costs * candidate.switch_secs)
         return ready
 
     def _turn(self, victim: ModelView, model: ModelView, candidate: Candidate) -> float:
         cost = candidate.switch_secs
         if model.queued:
             held_up = victim.in_flight + victim.arrival_rate * cost
-            turn = self.turn_costs * cost * min(_DOUBLED, max(_HALVED, held_up / model.queued))
+            least = _LEAST if victim.parks else 1.0
+            turn = self.turn_costs * cost * min(_MOST, max(least, held_up / model.queued))
         else:
             turn = self.parked_costs * cost
         if not victim.parks:

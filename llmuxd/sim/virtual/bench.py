@@ -31,6 +31,9 @@ HOUR = 3600.0
 SERIAL_COSTS: Sequence[tuple[float, float]] = ((2, 0.5), (5, 0.5), (10, 0.5), (20, 0.5), (10, 0.1), (10, 1), (10, 2))
 """(switch cost, service time), in seconds, as llmux 0.7 published them."""
 
+SERIAL_PARAMETERS = PolicyParameters(tick_interval=0.01)
+"""llmux 0.7's simulator looks at the queues every 0.5 s, and whenever the awake model runs empty as well."""
+
 BATCH_COSTS: Sequence[float] = (2.0, 8.0)
 RATES: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Requests per second and model."""
@@ -117,7 +120,7 @@ def scenario_of(case: Case, arrivals: Sequence[Arrival]) -> Scenario:
         models=models,
         devices={DEVICE: 1},
         settings=settings,
-        policy=POLICIES[case.policy](PolicyParameters()),
+        policy=POLICIES[case.policy](SERIAL_PARAMETERS if serial else PolicyParameters()),
         arrivals=tuple(arrivals),
         build_service=partial(SerialService, case.service_secs or 0.0) if serial else BatchService,
     )
