@@ -3,17 +3,21 @@
 A `Play` holds a switcher over models that share one device with room for one (or what the test says). `at` feeds an
 event and returns its commands in a short form that reads aloud: ``"start a"``, ``"forward 1"``, ``"refuse 2
 queue_full"``. Operation numbers are followed for the test: `done("a")` reports the operation under way as done.
+
+An `Auditor` watches every play: a test fails where an invariant does, whatever it is about.
 """
 
 from __future__ import annotations
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
+from llmuxd.core.audit import Auditor
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.core.policies import Fifo
 from llmuxd.core.policy import Policy
 from llmuxd.core.settings import ModelSpec, Placement, Settings
+from llmuxd.core.state import IN_TRANSITION
 from llmuxd.core.switcher import Switcher
 
 OFFLOAD = EvictionPolicy.parse("offload+keep_running")
@@ -55,6 +59,8 @@ def short(command: c.Command) -> str | None:
         return f"job {command.job} {'failed' if command.allowed else 'not allowed'}"
     if isinstance(command, c.AllStopped):
         return "all stopped"
+    if isinstance(command, c.Probed):
+        return f"probe {command.probe} {'stalled' if command.stalls else 'well'}"
     return None
 
 
@@ -70,6 +76,7 @@ class Play:
     ) -> None:
         models = specs or (spec("a"), spec("b"), spec("c"))
         self.switcher = Switcher(models, devices or {"gpu": 1}, settings(**changes), policy or Fifo(), 0.0)
+        self.auditor = Auditor(self.switcher)
         self.commands: list[c.Command] = []
         self.now = 0.0
 
@@ -84,7 +91,12 @@ class Play:
         """Feed an event; the commands, without notices."""
         self.now = now
         self.commands = self.switcher.handle(event, now)
-        check_accounts(self.switcher)
+        violation = self.auditor.observe(event, self.commands, now)
+        assert violation is None, str(violation)
+        check_shape(self.switcher)
+        deadline = self.switcher.next_deadline
+        if isinstance(event, e.Tick):
+            assert deadline is None or deadline > now, "a tick leaves no timer that is due"
         return [text for text in map(short, self.commands) if text is not None]
 
     def notices(self) -> list[c.Command]:
@@ -128,16 +140,12 @@ class Play:
         assert self.done(now, name) == ["job 1000 done"]
 
 
-def check_accounts(switcher: Switcher) -> None:
-    """What must hold after every event."""
+def check_shape(switcher: Switcher) -> None:
+    """What must hold after every event, and is too small for an invariant of production."""
     state = switcher.state
     placed = [id_ for m in state.models.values() for id_ in (*m.queue, *m.in_flight)]
     assert sorted(placed) == sorted(state.requests), "each request is in exactly one place"
-    assert state.queued == sum(len(m.queue) for m in state.models.values())
-    for device, used in state.used().items():
-        assert used <= state.devices[device], f"{device} holds {used}"
     for model in state.models.values():
-        in_transition = model.state in (S.STARTING, S.FALLING_ASLEEP, S.WAKING, S.STOPPING)
-        assert (model.deadline is not None) == in_transition, "exactly a transition has a deadline"
+        assert (model.deadline is not None) == (model.state in IN_TRANSITION), "exactly a transition has a deadline"
         asleep = model.state in (S.FALLING_ASLEEP, S.ASLEEP, S.WAKING)
         assert (model.asleep_by is not None) == asleep
