@@ -115,7 +115,9 @@ class Engines:
 
     def died(self, event: e.EngineDied, now: float) -> bool:
         """A process ended unasked: what is left of the engine is stopped."""
-        model = self._state.models[event.model]
+        model = self._state.models.get(event.model)
+        if model is None:
+            return False
         if event.incarnation > model.incarnation:
             raise IllegalEvent(f"{model.name}: incarnation {event.incarnation} was never started")
         void = event.incarnation < model.incarnation or model.state in WITHOUT_PROCESS
@@ -161,8 +163,10 @@ class Engines:
         return model.op
 
     def _current(self, name: str, op: int) -> Model | None:
-        """The model, or None if a later operation has taken the place of `op`."""
-        model = self._state.models[name]
+        """The model, or None if it is gone or a later operation has taken the place of `op`."""
+        model = self._state.models.get(name)
+        if model is None:
+            return None
         if op > model.op:
             raise IllegalEvent(f"{name}: operation {op} was never begun")
         return model if op == model.op else None

@@ -48,6 +48,8 @@ class Operator:
             model.eviction = event.eviction
         elif state.shutdown_deadline is not None:
             state.out.append(c.JobFailed(event.job, "llmuxd is shutting down"))
+        elif model.retired:
+            state.out.append(c.JobFailed(event.job, f"{model.name} was taken out of the config"))
         elif isinstance(event, e.OperatorSleep):
             self._sleep(event, model)
         elif isinstance(event, e.OperatorStop):

@@ -80,8 +80,8 @@ class Switcher:
         due = [self._requests.next_timeout(), state.ask_policy_at]
         if state.switch is not None and state.switch.phase is c.Phase.COOLDOWN:
             due.append(self._switching.cooled_at(state.switch))
-        if state.switch is not None and state.switch.phase is c.Phase.DRAIN and state.switch.drain_secs:
-            due.append(self._switching.drained_at(state.switch))
+        if state.switch is not None and state.switch.phase is c.Phase.DRAIN:
+            due.append(self._switching.parks_at(state.switch))
         for model in state.models.values():
             due.append(model.deadline)
             if model.queue:

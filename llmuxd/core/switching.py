@@ -28,6 +28,12 @@ from llmuxd.core.settings import InFlight
 from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, Job, Model, State, Switch
 from llmuxd.core.views import has_demand, make_room, may_park, oldest_demand, snapshot
 
+MIN_TURN_SECS = 1.0
+"""What a model gets to do with its requests, at least, before they are parked again."""
+
+MOST_BARREN_TURNS = 8
+"""More of them in a row make no turn longer."""
+
 MIN_POLICY_DELAY_SECS = 0.01
 """A policy that wants to be asked again at once is asked a little later, so that it cannot spin."""
 
@@ -64,8 +70,30 @@ class Switching:
         return max((since + min_active for since in awake), default=switch.began)
 
     def drained_at(self, switch: Switch) -> float:
-        """When what the victims still have in flight is parked."""
-        return switch.phase_began + switch.drain_secs
+        """When what the victims still have in flight may be parked.
+
+        However hasty the policy is, a model that was woken for its parked requests works on them for a while, and
+        for twice as long each time that it answered none: or two such models could take turns for ever.
+        """
+        if switch.forced:
+            return switch.phase_began
+        at = switch.phase_began
+        if self._state.settings.in_flight is not InFlight.CUT:
+            at += switch.drain_secs
+        for model in self._busy(switch):
+            if may_park(self._state, model, switch.victims[model.name]):
+                at = max(at, model.since + MIN_TURN_SECS * 2.0 ** min(model.barren_turns, MOST_BARREN_TURNS))
+        return at
+
+    def parks_at(self, switch: Switch) -> float | None:
+        """The same, if nothing else is waited for in the drain phase."""
+        busy = self._busy(switch)
+        cut = self._state.settings.in_flight is InFlight.CUT
+        parks = all(cut or may_park(self._state, m, switch.victims[m.name]) for m in busy)
+        return self.drained_at(switch) if busy and parks else None
+
+    def _busy(self, switch: Switch) -> list[Model]:
+        return [m for m in self._victims(switch) if m.state is S.AWAKE and m.in_flight]
 
     # 1. The phases
 
@@ -80,12 +108,11 @@ class Switching:
         if not self._wanted(switch):
             return self._end(switch, now, cancelled=True)
         cut = self._state.settings.in_flight is InFlight.CUT
-        busy = [m for m in self._victims(switch) if m.state is S.AWAKE and m.in_flight]
+        busy = self._busy(switch)
         held_up = [m for m in busy if not may_park(self._state, m, switch.victims[m.name])]
-        if busy and not cut and now < self.drained_at(switch):
-            return False
-        switch.drain_secs = 0.0
         if held_up and not cut:
+            return False
+        if busy and now < self.drained_at(switch):
             return False
         for model in held_up:
             self._requests.abort_in_flight(model, c.Refusal.ENGINE_DIED, f"{model.name} was switched out")
@@ -111,6 +138,8 @@ class Switching:
             return self._end(switch, now)
         if target.state in IN_TRANSITION:
             return False
+        if target.retired and not has_demand(target):
+            return self._end(switch, now, error=f"{target.name} was taken out of the config")
         if target.blocked(now) and not switch.jobs:
             return self._end(switch, now, error=target.last_error)
         if target.state is S.ASLEEP:
@@ -154,6 +183,7 @@ class Switching:
     def abandon(self, reason: str, now: float) -> None:
         """End the switch under way wherever it is, and fail everything that an operator waits for."""
         state = self._state
+        state.ask_policy_at = None
         if state.switch is not None:
             self._end(state.switch, now, error=reason, cancelled=True)
         for job in state.jobs:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
-from llmuxd.core.eviction import WeightStrategy
+from llmuxd.core.eviction import ProcessStrategy, WeightStrategy
 from llmuxd.sim.virtual.scenario import OpFault, SimModel
 from llmuxd.sim.virtual.service import Service, Work
 
@@ -64,9 +64,10 @@ class VirtualEngine:
         return self._holds
 
     def be_asleep(self) -> None:
-        """As after a warm-up."""
-        self._incarnation = 1
-        self._enter(Physical.ASLEEP)
+        """As after a warm-up; one that is stopped when it has to go is not there."""
+        if self._model.can_sleep and self._asleep_by.process is ProcessStrategy.KEEP_RUNNING:
+            self._incarnation = 1
+            self._enter(Physical.ASLEEP)
 
     def adoptable(self) -> bool:
         return self.physical in (Physical.AWAKE, Physical.ASLEEP)

@@ -62,6 +62,8 @@ class Move(str, Enum):
     """With the models turned by one: the first is taken out, and one that was out comes back."""
     RESTART = "restart"
     """The daemon is killed and started again, wherever it is; it adopts what it finds."""
+    SHUTDOWN = "shutdown"
+    """It ends, with all its engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,5 +134,7 @@ class Scenario:
     jitter: float = 0.0
     """Each duration is longer or shorter by at most this share."""
     jitter_seed: int = 0
+    most_events: int | None = None
+    """A run with more does not come to rest."""
     out_at_first: frozenset[str] = field(default_factory=frozenset)
     """Models that are in `models` and come in with a reload."""

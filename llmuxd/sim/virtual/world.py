@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,9 @@ from llmuxd.sim.virtual.scenario import Action, Arrival, EngineDies, Move, Opera
 
 RESTART_SECS = 0.5
 """Between the end of one daemon and the next one's adoption of its engines."""
+
+SHUTDOWN_SECS = 5.0
+"""What is in flight may go on for so long."""
 
 PATIENCE_SECS = 100_000.0
 """A run that has not come to rest by then never will."""
@@ -55,6 +59,8 @@ class Outcome:
     ended: float = 0.0
     violation: Violation | None = None
     events: int = 0
+    seen: Counter[str] = field(default_factory=Counter)
+    """How often something worth seeing happened: a sweep in which nothing does proves nothing."""
 
 
 class World:
@@ -83,6 +89,8 @@ class World:
         """Between two daemons."""
         self.life = 0
         """Counts the daemons; what concerns an earlier one is void."""
+        self._shut_down_in = 0
+        """The daemon that was told to end."""
         self._busy_since: float | None = None
         self._busy: set[str] = set()
         self.engines = {
@@ -115,6 +123,8 @@ class World:
             self.at(last + 1.0, partial(self._act, Action(last + 1.0, Move.AUTO)))
         while self._heap and self.outcome.violation is None:
             when, _, happen = heapq.heappop(self._heap)
+            if scenario.most_events is not None and self.outcome.events > scenario.most_events:
+                self.violate("rest", f"{self.outcome.events} events, and no end")
             if when > PATIENCE_SECS:
                 # All that is left are timers.
                 break
@@ -123,6 +133,10 @@ class World:
         if self.outcome.violation is None and self._clients:
             request = next(iter(self._clients))
             self.violate("ends_once", f"request {request} never ends")
+        if self.outcome.violation is None and self._shut_down_in == self.life:
+            for engine in self.engines.values():
+                if engine.physical is not Physical.GONE:
+                    self.violate("shutdown", f"{engine.name} is {engine.physical.value} after the shutdown")
         self.outcome.ended = self.now
         return self.outcome
 
@@ -137,6 +151,7 @@ class World:
         if self._down:
             return
         self.outcome.events += 1
+        self.outcome.seen[type(event).__name__] += 1
         commands = self.switcher.handle(event, self.now)
         if self._log is not None:
             self._log(f"{self.now:.6f} {event}")
@@ -174,6 +189,7 @@ class World:
         elif isinstance(command, (c.Refuse, c.Abort)):
             self._end(command.request, answered=False)
         elif isinstance(command, (c.StartEngine, c.SleepEngine, c.WakeEngine, c.StopEngine)):
+            self.outcome.seen[type(command).__name__] += 1
             self.engines[command.model].carry_out(command)
         elif isinstance(command, c.SwitchPhaseEnded):
             if command.phase in (c.Phase.SLEEP, c.Phase.WAKE):
@@ -222,6 +238,7 @@ class World:
     def paused(self, request: int) -> None:
         """A request stands still in an engine that goes to sleep."""
         client = self._clients[request]
+        self.outcome.seen["request parked"] += 1
         if client.first_token is not None and client.paused_since is None:
             client.paused_since = self.now
 
@@ -266,6 +283,7 @@ class World:
     # Operators
 
     def _act(self, action: Action) -> None:
+        self.outcome.seen[f"operator: {action.move.value}"] += 1
         if action.move is Move.RESTART:
             self._restart()
             return
@@ -278,6 +296,9 @@ class World:
     def _event_of(self, action: Action) -> e.Event | None:
         if action.move is Move.RELOAD:
             return self._reload(action.model)
+        if action.move is Move.SHUTDOWN:
+            self._shut_down_in = self.life
+            return e.Shutdown(self.now + SHUTDOWN_SECS)
         if action.move in (Move.MANUAL, Move.AUTO):
             return e.SetMode(action.move is Move.MANUAL)
         if action.model not in self.switcher.state.models:

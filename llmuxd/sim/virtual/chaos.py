@@ -1,0 +1,160 @@
+"""A scenario from a seed: models, clients, an operator with a nervous hand, and everything that may go wrong.
+
+What is drawn is made to hurt: devices with little room, evictions of every kind, engines that cannot park or sleep,
+timeouts that are reached, clients that leave, and faults in the middle of switches.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.policies import POLICIES
+from llmuxd.core.policy import Policy, PolicyParameters
+from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
+from llmuxd.sim.virtual.scenario import (
+    Action,
+    Arrival,
+    EngineDies,
+    EngineSecs,
+    Fault,
+    Move,
+    OperationGoesWrong,
+    OpFault,
+    Scenario,
+    SimModel,
+)
+from llmuxd.sim.virtual.service import BatchService, SerialService, Service, Work
+
+EVICTIONS = [
+    EvictionPolicy.parse(text)
+    for text in ("offload+keep_running", "discard+keep_running", "retain+keep_running", "offload+stop")
+]
+OPERATIONS = ("start", "sleep", "wake", "stop")
+SECS = 60.0
+"""How long things keep happening."""
+
+
+MOST_EVENTS = 20_000
+"""Many times what the longest run takes that comes to rest."""
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of a seed."""
+    dice = random.Random(seed)
+    devices, placements = _devices(dice)
+    models = tuple(_model(dice, name, placement) for name, placement in placements.items())
+    names = [model.spec.name for model in models]
+    chaotic = dice.random() < 0.8
+    return Scenario(
+        models=models,
+        devices=devices,
+        settings=_settings(dice),
+        policy=_policy(dice),
+        arrivals=_arrivals(dice, names),
+        actions=_actions(dice, names) if dice.random() < 0.6 else (),
+        faults=_faults(dice, names) if chaotic else (),
+        build_service=_service(dice),
+        begin_asleep=dice.random() < 0.7,
+        jitter=dice.choice([0.0, 0.3]),
+        jitter_seed=seed,
+        most_events=MOST_EVENTS,
+        out_at_first=frozenset(names[1:2]) if len(names) > 2 and dice.random() < 0.2 else frozenset(),
+    )
+
+
+def _devices(dice: random.Random) -> tuple[dict[str, int], dict[str, Placement]]:
+    """One device with room for one, one with memory, or two of which some models take both."""
+    names = "abcd"[: dice.choice([1, 2, 2, 3, 3, 4])]
+    kind = dice.random()
+    if kind < 0.4:
+        return {"gpu0": 1}, {name: Placement({"gpu0": 1}) for name in names}
+    devices = {"gpu0": 80} if kind < 0.7 else {"gpu0": 80, "gpu1": 80}
+    placements = {}
+    for name in names:
+        taken = dice.sample(sorted(devices), dice.randint(1, len(devices)))
+        awake = dice.choice([20, 35, 50, 80])
+        placements[name] = Placement(
+            awake=dict.fromkeys(taken, awake),
+            asleep=dict.fromkeys(taken, dice.choice([0, 1, 5])),
+            retained=dict.fromkeys(taken, awake // 2),
+        )
+    return devices, placements
+
+
+def _model(dice: random.Random, name: str, placement: Placement) -> SimModel:
+    spec = ModelSpec(
+        name=name,
+        eviction=dice.choice(EVICTIONS),
+        placement=placement,
+        start_timeout=40.0,
+        max_in_flight=dice.choice([None, None, 1, 4]),
+        max_queue=dice.choice([None, None, 5]),
+        ttl=dice.choice([None, None, 3.0]),
+        priority=dice.choice([1.0, 1.0, 5.0]),
+    )
+    secs = EngineSecs(
+        start=dice.choice([2.0, 10.0]),
+        sleep=dice.choice([0.0, 0.5, 2.0]),
+        wake=dice.choice([0.0, 0.5, 3.0]),
+        stop=dice.choice([0.0, 0.5]),
+    )
+    return SimModel(spec, secs, can_park=dice.random() < 0.8, can_sleep=dice.random() < 0.9)
+
+
+def _settings(dice: random.Random) -> Settings:
+    return Settings(
+        request_timeout=dice.choice([15.0, 60.0, 300.0]),
+        in_flight=dice.choice(list(InFlight)),
+        min_active=dice.choice([0.0, 0.0, 1.0, 5.0]),
+        sleep_timeout=8.0,
+        wake_timeout=10.0,
+        stop_grace=2.0,
+        max_queue=dice.choice([8, 1024]),
+        backoff_cap=20.0,
+        deadline_margin=3.0,
+    )
+
+
+def _policy(dice: random.Random) -> Policy:
+    name = dice.choice(["tenure", "tenure", *sorted(POLICIES)])
+    return POLICIES[name](PolicyParameters(max_wait=dice.choice([1.0, 15.0])))
+
+
+def _service(dice: random.Random) -> Callable[[], Service]:
+    return BatchService if dice.random() < 0.7 else partial(SerialService, dice.choice([0.05, 0.5]))
+
+
+def _arrivals(dice: random.Random, names: list[str]) -> tuple[Arrival, ...]:
+    arrivals = []
+    at = 0.0
+    count = dice.choice([3, 15, 40])
+    favourite = dice.choice(names)
+    for _ in range(count):
+        at += dice.choice([0.0, 0.0, dice.expovariate(count / SECS)])
+        model = favourite if dice.random() < 0.4 else dice.choice(names)
+        leaves = dice.uniform(0.0, 20.0) if dice.random() < 0.2 else None
+        work = Work(dice.choice([1, 200, 5000]), dice.choice([1, 50, 300, 1500]))
+        arrivals.append(Arrival(round(at, 3), model, work, leaves))
+    return tuple(arrivals)
+
+
+def _actions(dice: random.Random, names: list[str]) -> tuple[Action, ...]:
+    moves = dice.choices(list(Move), weights=[0.3 if move is Move.SHUTDOWN else 1.0 for move in Move], k=6)
+    drawn = [Action(round(dice.uniform(0.0, SECS), 3), move, dice.choice(names)) for move in moves]
+    return tuple(sorted(drawn, key=lambda action: action.at))
+
+
+def _faults(dice: random.Random, names: list[str]) -> tuple[Fault, ...]:
+    faults: list[Fault] = []
+    for _ in range(dice.randint(1, 8)):
+        name = dice.choice(names)
+        if dice.random() < 0.3:
+            noticed = dice.choice([0.0, 0.3, 1.0])
+            faults.append(EngineDies(round(dice.uniform(0.0, SECS), 3), name, noticed))
+        else:
+            kind = dice.choice(OPERATIONS)
+            faults.append(OperationGoesWrong(name, kind, dice.randint(0, 3), dice.choice(list(OpFault))))
+    return tuple(faults)
