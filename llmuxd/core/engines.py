@@ -44,6 +44,7 @@ class Engines:
         timeout = self._state.settings.sleep_timeout
         self._enter(model, c.SleepEngine, S.FALLING_ASLEEP, now, timeout)
         model.asleep_by = eviction
+        model.parked_since = now
         if model.in_flight and not model.answered:
             model.barren_turns += 1
         self._state.out.append(c.SleepEngine(model.name, op, eviction, mode, timeout))

@@ -107,6 +107,8 @@ class Model:
     costs: Costs = field(default_factory=Costs)
     queue: dict[int, Request] = field(default_factory=dict)
     """Waiting, the next one to forward first, which is the one that arrived first."""
+    parked_since: float = 0.0
+    """When it was last put to sleep with requests in flight."""
     answered: bool = False
     """It has answered a request since it became awake."""
     barren_turns: int = 0

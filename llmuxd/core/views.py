@@ -74,7 +74,7 @@ def oldest_demand(model: Model) -> float | None:
     """Since when the longest wait for the model has lasted: an arrival, or the parking of its requests."""
     oldest = next(iter(model.queue.values())).arrived if model.queue else None
     if model.parked():
-        oldest = model.since if oldest is None else min(oldest, model.since)
+        oldest = model.parked_since if oldest is None else min(oldest, model.parked_since)
     return oldest
 
 
@@ -87,7 +87,7 @@ def _view(state: State, model: Model, now: float, wanted: bool) -> ModelView:
         in_flight=len(model.in_flight),
         parked=parked,
         oldest_arrival=oldest_demand(model),
-        waiting_secs=len(model.queue) * now - model.arrivals + parked * (now - model.since),
+        waiting_secs=len(model.queue) * now - model.arrivals + parked * (now - model.parked_since),
         since=model.since,
         last_arrival=model.last_arrival,
         drain_secs=_drain_secs(model, now),
