@@ -33,8 +33,8 @@ EVICTIONS = [
     for text in ("offload+keep_running", "discard+keep_running", "retain+keep_running", "offload+stop")
 ]
 OPERATIONS = ("start", "sleep", "wake", "stop")
-SECS = 60.0
-"""How long things keep happening."""
+WEIGHTS = {Move.AUTO: 3.0, Move.MANUAL: 0.5, Move.PIN: 0.5, Move.SHUTDOWN: 0.3}
+"""How often an operator does what; 1 where nothing is said. Manual mode refuses most of what comes."""
 
 
 MOST_EVENTS = 20_000
@@ -47,15 +47,16 @@ def draw(seed: int) -> Scenario:
     devices, placements = _devices(dice)
     models = tuple(_model(dice, name, placement) for name, placement in placements.items())
     names = [model.spec.name for model in models]
+    secs = dice.choice([60.0, 300.0])
     chaotic = dice.random() < 0.8
     return Scenario(
         models=models,
         devices=devices,
         settings=_settings(dice),
         policy=_policy(dice),
-        arrivals=_arrivals(dice, names),
-        actions=_actions(dice, names) if dice.random() < 0.6 else (),
-        faults=_faults(dice, names) if chaotic else (),
+        arrivals=_arrivals(dice, names, secs),
+        actions=_actions(dice, names, secs) if dice.random() < 0.6 else (),
+        faults=_faults(dice, names, secs) if chaotic else (),
         build_service=_service(dice),
         begin_asleep=dice.random() < 0.7,
         jitter=dice.choice([0.0, 0.3]),
@@ -127,13 +128,13 @@ def _service(dice: random.Random) -> Callable[[], Service]:
     return BatchService if dice.random() < 0.7 else partial(SerialService, dice.choice([0.05, 0.5]))
 
 
-def _arrivals(dice: random.Random, names: list[str]) -> tuple[Arrival, ...]:
+def _arrivals(dice: random.Random, names: list[str], secs: float) -> tuple[Arrival, ...]:
     arrivals = []
     at = 0.0
-    count = dice.choice([3, 15, 40])
+    count = dice.choice([3, 20, 60, 120])
     favourite = dice.choice(names)
     for _ in range(count):
-        at += dice.choice([0.0, 0.0, dice.expovariate(count / SECS)])
+        at += dice.choice([0.0, 0.0, dice.expovariate(count / secs)])
         model = favourite if dice.random() < 0.4 else dice.choice(names)
         leaves = dice.uniform(0.0, 20.0) if dice.random() < 0.2 else None
         work = Work(dice.choice([1, 200, 5000]), dice.choice([1, 50, 300, 1500]))
@@ -141,20 +142,21 @@ def _arrivals(dice: random.Random, names: list[str]) -> tuple[Arrival, ...]:
     return tuple(arrivals)
 
 
-def _actions(dice: random.Random, names: list[str]) -> tuple[Action, ...]:
-    moves = dice.choices(list(Move), weights=[0.3 if move is Move.SHUTDOWN else 1.0 for move in Move], k=6)
-    drawn = [Action(round(dice.uniform(0.0, SECS), 3), move, dice.choice(names)) for move in moves]
+def _actions(dice: random.Random, names: list[str], secs: float) -> tuple[Action, ...]:
+    weights = [WEIGHTS.get(move, 1.0) for move in Move]
+    moves = dice.choices(list(Move), weights, k=dice.choice([2, 6, 12]))
+    drawn = [Action(round(dice.uniform(0.0, secs), 3), move, dice.choice(names)) for move in moves]
     return tuple(sorted(drawn, key=lambda action: action.at))
 
 
-def _faults(dice: random.Random, names: list[str]) -> tuple[Fault, ...]:
+def _faults(dice: random.Random, names: list[str], secs: float) -> tuple[Fault, ...]:
     faults: list[Fault] = []
-    for _ in range(dice.randint(1, 8)):
+    for _ in range(dice.choice([1, 3, 8, 20])):
         name = dice.choice(names)
         if dice.random() < 0.3:
             noticed = dice.choice([0.0, 0.3, 1.0])
-            faults.append(EngineDies(round(dice.uniform(0.0, SECS), 3), name, noticed))
+            faults.append(EngineDies(round(dice.uniform(0.0, secs), 3), name, noticed))
         else:
             kind = dice.choice(OPERATIONS)
-            faults.append(OperationGoesWrong(name, kind, dice.randint(0, 3), dice.choice(list(OpFault))))
+            faults.append(OperationGoesWrong(name, kind, dice.choice([0, 0, 1, 2, 4, 8]), dice.choice(list(OpFault))))
     return tuple(faults)
