@@ -12,7 +12,7 @@ from llmuxd.core.policy import Policy
 from llmuxd.core.state import IN_TRANSITION, Model, State
 from llmuxd.core.views import oldest_demand, typical_switch_secs
 
-MAX_TURN_SECS = 600.0
+MAX_TURN_SECS = 120.0
 """No awake model is left alone for longer, whatever it has to do, while another one is overdue."""
 
 LATE_SECS = 5.0

@@ -25,13 +25,12 @@ class Tenure:
     go. The last term pays for what comes with parking, the requests' KV caches that have to be computed again. A
     candidate that has only parked requests, whose clients have seen an answer begin, waits `parked_costs` x C
     instead of the first term. Turns that end without a single answer double the model's next one, so that long
-    prompts and slow machines make progress, too. A model with
-    nothing in flight and nothing queued has no turn left; only for `linger_costs` x C after its last request came it
-    is left alone, because the next one often follows closely.
+    prompts and slow machines make progress, too. A model with nothing in flight and nothing queued has no turn left;
+    only for `linger_costs` x C after its last request came it is left alone, because the next often follows closely.
 
-    1. Overdue is a candidate whose longest wait is beyond `max_wait` + `overdue_costs` x the
-       typical cost of a switch. If there are any, the one
-       that waits longest is next, when the turn of what is in its way is over.
+    1. Overdue is a candidate whose longest wait is beyond `max_wait` + `overdue_costs` x the typical cost of a switch.
+       If there are any, the one that waits longest is next, when the turn of what is in its way is over, or has
+       lasted for `longest_turn`.
     2. Otherwise, of the candidates for which the turn is over, the one with the largest waiting time, summed over its
        requests and weighed by its priority, is next; a request that has seen nothing yet counts `queued_costs` x C
        more.
@@ -39,7 +38,8 @@ class Tenure:
        wait for two switches. Only those that came after a candidate became overdue do not count any more.
 
     Where requests in flight cannot be parked the switch has to wait for them: turns are `drain_stretch` times as long,
-    and the factor is not below 1. Where they can, but will be answered within `finish_costs` x C, they are given that long before they are.
+    and the factor is not below 1. Where they can, but will be answered within `finish_costs` x C, they are given that
+    long before they are.
 
     Sources: gated and time-limited service of queues with switchover costs (Takagi, Analysis of Polling Systems,
     1986); serve the longest waiting line (Liu, Nain, Towsley 1992); tenure that grows with the queue (Celik, Borst,
@@ -57,6 +57,8 @@ class Tenure:
     queued_costs: float = 10.0
     overdue_costs: float = 15.0
     finish_costs: float = 0.5
+    longest_turn: float = 100.0
+    """Seconds, once something is overdue."""
     linger_costs: float = 0.02
     name: str = "tenure"
 
@@ -106,7 +108,10 @@ class Tenure:
                 return max(overdue_at, snapshot.now) if overdue_at > snapshot.now else math.inf
             ready = max(ready, victim.since + snapshot.min_active)
             if victim.in_flight or victim.queued:
-                ready = max(ready, victim.since + self._turn(victim, model, candidate))
+                turn = self._turn(victim, model, candidate)
+                if overdue_at <= snapshot.now:
+                    turn = min(turn, self.longest_turn)
+                ready = max(ready, victim.since + turn)
             else:
                 ready = max(ready, victim.last_arrival + self.linger_costs * candidate.switch_secs)
         return ready
