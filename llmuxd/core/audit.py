@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS
+from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS, passed_over_secs
 from llmuxd.core.state import IN_TRANSITION, Model
-from llmuxd.core.views import candidate_of, has_demand, oldest_demand, typical_switch_secs
+from llmuxd.core.views import has_demand, oldest_demand, typical_switch_secs
 
 if TYPE_CHECKING:
     from llmuxd.core.switcher import Switcher
@@ -161,16 +161,6 @@ class Auditor:
         for model in state.models.values():
             if not has_demand(model) or not self._in_good_order(model):
                 continue
-            since = oldest_demand(model)
-            assert since is not None
-            candidate = candidate_of(state, model)
-            bound = policy.bound(typical_switch_secs(state))
-            if bound is None or self._now - since <= bound + _EPSILON:
-                continue
-            if self._now > since + bound + MAX_TURN_SECS and not self._is_served(candidate.victims, since + bound):
-                self._broken("staleness", f"{model.name} has waited {self._now - since:.3f} s, nothing is switched")
-
-    def _is_served(self, victims: Sequence[str], overdue_at: float) -> bool:
-        """Whether one of them still has requests queued that came before something else was overdue."""
-        queues = [self._state.models[name].queue for name in victims]
-        return any(queue and next(iter(queue.values())).arrived < overdue_at for queue in queues)
+            if passed_over_secs(state, policy, model, self._now) > MAX_TURN_SECS:
+                waited = self._now - (oldest_demand(model) or self._now)
+                self._broken("staleness", f"{model.name} has waited {waited:.3f} s, nothing is switched")

@@ -10,7 +10,7 @@ from llmuxd.core import commands as c
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.policy import Policy
 from llmuxd.core.state import IN_TRANSITION, Model, State
-from llmuxd.core.views import oldest_demand, typical_switch_secs
+from llmuxd.core.views import make_room, oldest_demand, typical_switch_secs
 
 MAX_TURN_SECS = 120.0
 """No awake model is left alone for longer, whatever it has to do, while another one is overdue."""
@@ -47,10 +47,27 @@ def _why(state: State, policy: Policy, model: Model, waiting: float, now: float)
         return _why_switch(state, now)
     if state.mode.manual or state.jobs or state.shutdown_deadline is not None or not model.loadable(now):
         return ""
-    bound = policy.bound(typical_switch_secs(state))
-    if bound is not None and waiting > bound + MAX_TURN_SECS:
+    if passed_over_secs(state, policy, model, now) > MAX_TURN_SECS:
         return f"policy {policy.name} passes it over"
     return ""
+
+
+def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> float:
+    """For how long the model has been overdue although nothing new has come into its way; negative if it is not."""
+    since = oldest_demand(model)
+    bound = policy.bound(typical_switch_secs(state))
+    if since is None or bound is None:
+        return float("-inf")
+    overdue_at = since + bound
+    began = overdue_at
+    for name in make_room(state, model):
+        other = state.models[name]
+        if other.queue and next(iter(other.queue.values())).arrived < overdue_at:
+            # It still serves what came before the other was overdue.
+            return float("-inf")
+        if other.state is S.AWAKE:
+            began = max(began, other.since)
+    return now - began
 
 
 def _why_switch(state: State, now: float) -> str:

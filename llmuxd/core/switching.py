@@ -26,7 +26,7 @@ from llmuxd.core.policy import Decision, Policy, Snapshot, SwitchTo
 from llmuxd.core.requests import Requests
 from llmuxd.core.settings import InFlight
 from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, Job, Model, State, Switch
-from llmuxd.core.views import has_demand, make_room, may_park, oldest_demand, snapshot
+from llmuxd.core.views import has_demand, make_room, may_park, oldest_demand, snapshot, stopping_of
 
 MIN_TURN_SECS = 1.0
 """What a model gets to do with its requests, at least, before they are parked again."""
@@ -268,6 +268,11 @@ class Switching:
         forced = job is not None and job.forced
         if target is not None:
             victims = make_room(state, state.models[target])
+            if not state.fits(state.models[target], victims | stopping_of(state)):
+                # Only what is pinned is never made to go, and only an operator asks for something beside it.
+                if job is not None:
+                    self._end_job(job, f"{state.mode.pinned} is pinned, and there is no room beside it")
+                return job is not None
         state.last_switch += 1
         switch = Switch(state.last_switch, target, dict(victims), now, Phase.COOLDOWN, now, forced)
         switch.jobs = [job] if job is not None else []

@@ -32,7 +32,7 @@ def make_room(state: State, target: Model) -> dict[str, EvictionPolicy]:
     tiers = [(m, m.eviction) for m in awake]
     tiers += [(m, STOP) for m in others if m.state is S.ASLEEP and any(state.claim(m).values())]
     tiers += [(m, STOP) for m in awake]
-    stopping = {m.name: STOP for m in others if m.state is S.STOPPING}
+    stopping = stopping_of(state)
     going: dict[str, EvictionPolicy] = {}
     for model, eviction in tiers:
         if state.fits(target, {**stopping, **going}):
@@ -43,6 +43,11 @@ def make_room(state: State, target: Model) -> dict[str, EvictionPolicy]:
         if state.fits(target, {**stopping, **without}):
             going = without
     return going
+
+
+def stopping_of(state: State) -> dict[str, EvictionPolicy]:
+    """The models that are going anyhow."""
+    return {m.name: STOP for m in state.models.values() if m.state is S.STOPPING}
 
 
 def snapshot(state: State, now: float, wanted: Collection[str], due: bool) -> Snapshot:
