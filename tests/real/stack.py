@@ -120,7 +120,14 @@ def metric(text: str, name: str, **labels: str) -> float:
 class Stack:
     """`llmuxd --config FILE` with its files in `folder`. Ended, whatever happens, by `kill`."""
 
-    def __init__(self, folder: Path, vllm: Path, models: Mapping[str, Path], warmup: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        vllm: Path,
+        models: Mapping[str, Path],
+        warmup: bool,
+        policy: Mapping[str, Any] | None = None,
+    ) -> None:
         self.port = free_port()
         self.metrics_port = free_port()
         self.runtime_dir = folder / "run"
@@ -130,6 +137,7 @@ class Stack:
         self.log = folder / "llmuxd.log"
         self.control_socket = self.runtime_dir / "control.sock"
         self._config = folder / "llmux.toml"
+        self._policy = {"policy_type": "fifo", "min_active_secs": 0, **(policy or {})}
         self._config.write_text(self._toml(vllm, models, warmup))
         self._folder = folder
         self._daemon: subprocess.Popen[bytes] | None = None
@@ -143,7 +151,7 @@ class Stack:
             f"vllm_command = {json.dumps([str(vllm)])}",
             f"warmup = {json.dumps(warmup)}",
             "[policy]",
-            "min_active_secs = 0",
+            *(f"{key} = {json.dumps(value)}" for key, value in self._policy.items()),
         ]
         for name, path in models.items():
             lines += [
