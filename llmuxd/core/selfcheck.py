@@ -53,10 +53,13 @@ def _why(state: State, policy: Policy, model: Model, waiting: float, now: float)
 
 
 def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> float:
-    """For how long the model has been overdue although nothing new has come into its way; negative if it is not."""
+    """For how long the model has been overdue although nothing new has come into its way; negative if it is not.
+
+    Only the one that waits longest can be passed over: the others wait for it.
+    """
     since = oldest_demand(model)
     bound = policy.bound(typical_switch_secs(state))
-    if since is None or bound is None:
+    if since is None or bound is None or any(_is_before(other, since, now) for other in state.models.values()):
         return float("-inf")
     overdue_at = since + bound
     began = overdue_at
@@ -68,6 +71,11 @@ def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> 
         if other.state is S.AWAKE:
             began = max(began, other.since)
     return now - began
+
+
+def _is_before(other: Model, since: float, now: float) -> bool:
+    waits = oldest_demand(other)
+    return waits is not None and waits < since and other.loadable(now)
 
 
 def _why_switch(state: State, now: float) -> str:
