@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CACHE := $(or $(LLMUX_TEST_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llmux-tests)
 
-.PHONY: help demo demo-stop test lint test-floor test-vllm clean
+SEEDS ?= 0:10000
+
+.PHONY: help demo demo-stop test lint sim bench-policies test-floor test-vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +37,12 @@ lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy
+
+sim: $(STAMP) ## the switching core under virtual time with faults, SEEDS=0:10000
+	@$(BIN)/python -m llmuxd.sim --seeds $(SEEDS)
+
+bench-policies: $(STAMP) ## compare the switching policies; writes docs/policies.md
+	@$(BIN)/python -m llmuxd.sim report
 
 test-floor: ## the same tests on the oldest versions that are supported, Debian 12's
 	@$(PYTHON) -m venv $(CACHE)/floor

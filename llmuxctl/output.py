@@ -69,6 +69,9 @@ def _headlines(status: dict[str, Any]) -> Iterator[str]:
     )
     awake = ", ".join(status["active"]) or "none"
     yield f"awake: {awake}; queued: {status['queued']}; in flight: {status['in_flight']}"
+    health = status.get("health", {"ok": True})
+    if not health["ok"]:
+        yield f"NOT WELL: {health['reason']}"
     switch = status.get("switch")
     if switch:
         out = ", ".join(switch["from"]) or "nothing"

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from llmuxd.app import App, build_app, run_warmup
 from llmuxd.config import Config
 from llmuxd.control import serve_control
 from llmuxd.control.api import ControlFailed
+from llmuxd.policies import PolicyBroken
 from llmuxd.proxy import serve_proxy
 
 log = logging.getLogger("llmuxd")
@@ -47,8 +48,11 @@ async def serve(config: Config, on_ready: Callable[[App, int], None] | None = No
         stack.enter_context(signals.caught(loop))
         try:
             app = build_app(config)
-        except ValueError as error:
+        except (ValueError, PolicyBroken) as error:
             raise CannotServe(str(error)) from error
+        app.runtime.self_check.start()
+        watchdog = asyncio.create_task(_ping_watchdog(app, notifier, os.environ))
+        stack.callback(watchdog.cancel)
         # Registered first, so that it comes last: the sockets answer until every engine is gone.
         control = await _listen(serve_control(app.control, config.control_socket), str(config.control_socket))
         stack.push_async_callback(control)
@@ -113,6 +117,20 @@ async def _shut_down_when_asked(
         await app.close(0.0)
     hurry.cancel()
     await closing
+
+
+async def _ping_watchdog(app: App, notifier: sdnotify.SystemdNotifier, environ: Mapping[str, str]) -> None:
+    """Tell systemd that all is well, twice in the time that it gives, as long as the scheduler is alive."""
+    given = environ.get("WATCHDOG_USEC", "")
+    if not given.isdecimal() or environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    while True:
+        alive, reason = app.runtime.self_check.alive()
+        if alive:
+            notifier.notify("WATCHDOG=1")
+        else:
+            log.critical("no more word to the watchdog: %s", reason)
+        await asyncio.sleep(int(given) / 1e6 / 2)
 
 
 async def _finish(shutdown: asyncio.Task[None], signals: _Signals) -> None:

@@ -38,13 +38,19 @@ class Metrics:
         self.switch_failures = self._counter("llmux_switch_failures", "Failed switches", "to")
         self.active = self._gauge("llmux_active_model_info", "1 for each model that is awake", "model")
         self.state = self._gauge("llmux_engine_state", "1 for the state an engine is in", "model", "state")
+        self.parked = self._gauge("llmux_parked", "Requests paused in an engine that sleeps", "model")
+        self.violations = self._counter("llmux_invariant_violations", "Invariants seen broken", "invariant")
+        self.policy_failures = self._counter("llmux_policy_failures", "Decisions taken by fifo instead", "policy")
         self.engine_failures = self._counter("llmux_engine_failures", "Starts, wakes and runs that failed", "model")
 
-    def add_model(self, model: str, in_flight: Callable[[], float], queued: Callable[[], float]) -> None:
-        """Make a model's gauges appear from the start; the two functions are asked whenever they are read."""
+    def add_model(
+        self, model: str, in_flight: Callable[[], float], queued: Callable[[], float], parked: Callable[[], float]
+    ) -> None:
+        """Make a model's gauges appear from the start; the functions are asked whenever they are read."""
         self.active.labels(model).set(0)
         self.in_flight.labels(model).set_function(in_flight)
         self.queued.labels(model).set_function(queued)
+        self.parked.labels(model).set_function(parked)
         for state in EngineState:
             self.state.labels(model, state.value).set(state is EngineState.NOT_STARTED)
 
@@ -56,6 +62,8 @@ class Metrics:
             self.active.labels(notice.model).set(notice.new is EngineState.AWAKE)
             if notice.new is EngineState.FAILED:
                 self.engine_failures.labels(notice.model).inc()
+        elif isinstance(notice, c.PolicyFailed):
+            self.policy_failures.labels(notice.policy).inc()
         elif isinstance(notice, c.SwitchPhaseEnded):
             if notice.target is not None:
                 self.switch_phase.labels(notice.phase.value, notice.target).observe(notice.seconds)

@@ -18,7 +18,6 @@ from functools import partial
 from llmuxd.config import Config, PolicyConfig
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
-from llmuxd.core.policies import DEFAULT_POLICY, POLICIES
 from llmuxd.core.policy import PolicyParameters
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
 from llmuxd.core.state import IllegalEvent, Model
@@ -26,6 +25,8 @@ from llmuxd.core.switcher import Switcher
 from llmuxd.engine import Engine, EngineError, engine_spec
 from llmuxd.gate import Gate, ServedModel
 from llmuxd.metrics import Metrics
+from llmuxd.policies import build_policy
+from llmuxd.selfcheck import SelfCheck
 
 log = logging.getLogger("llmuxd")
 
@@ -43,7 +44,7 @@ class JobResult:
 
 
 def build_switcher(config: Config, now: float) -> Switcher:
-    """The core, as the config wants it."""
+    """The core, as the config wants it. Raises PolicyBroken."""
     policy = config.policy
     models = [
         ModelSpec(
@@ -54,6 +55,7 @@ def build_switcher(config: Config, now: float) -> Switcher:
             max_in_flight=model.max_in_flight,
             max_queue=model.max_queue,
             ttl=model.ttl_secs,
+            priority=model.priority,
         )
         for model in config.models.values()
     ]
@@ -73,8 +75,7 @@ def build_switcher(config: Config, now: float) -> Switcher:
         tick_interval=policy.tick_interval_ms / 1000,
         min_quantum=policy.min_quantum_ms / 1000,
     )
-    build_policy = POLICIES.get(policy.policy_type, POLICIES[DEFAULT_POLICY])
-    return Switcher(models, {DEVICE: 1}, settings, build_policy(parameters), now)
+    return Switcher(models, {DEVICE: 1}, settings, build_policy(policy.policy_type, parameters), now)
 
 
 def _in_flight_of(policy: PolicyConfig) -> InFlight:
@@ -104,7 +105,7 @@ class Runtime:
         }
         for name, model in self.switcher.state.models.items():
             # A model's queue may be replaced, so that it is looked up each time.
-            self.metrics.add_model(name, partial(_in_flight, model), partial(_queued, model))
+            self.metrics.add_model(name, partial(_in_flight, model), partial(_queued, model), partial(_parked, model))
         self.watchers: list[Callable[[c.Notice], None]] = [self.metrics.notice]
         self.all_stopped = asyncio.Event()
         self._events: deque[e.Event] = deque()
@@ -114,7 +115,7 @@ class Runtime:
         self._operations: dict[str, asyncio.Task[None]] = {}
         self._jobs: dict[int, asyncio.Future[JobResult]] = {}
         self._last_job = 0
-        self.probed: c.Probed | None = None
+        self.self_check = SelfCheck(self.switcher, self.post, self.clock, self.metrics)
 
     # The single writer
 
@@ -135,11 +136,17 @@ class Runtime:
         self._arm()
 
     def _handle(self, event: e.Event) -> None:
+        now = self.clock()
         try:
-            commands = self.switcher.handle(event, self.clock())
+            commands = self.switcher.handle(event, now)
         except IllegalEvent as illegal:
             log.error("event refused by the core: %s", illegal)
             return
+        except Exception as error:
+            # Whoever posted it is not to blame, and has others to serve: health and the watchdog see to the rest.
+            self.self_check.failed(event, error)
+            return
+        self.self_check.handled(event, commands, now)
         for command in commands:
             self._begin(command)
 
@@ -158,7 +165,7 @@ class Runtime:
         elif isinstance(command, c.AllStopped):
             self.all_stopped.set()
         elif isinstance(command, c.Probed):
-            self.probed = command
+            return
         else:
             _log_notice(command)
             for watch in self.watchers:
@@ -225,7 +232,7 @@ class Runtime:
         """Whether requests are accepted, and the reason if not."""
         if self.switcher.state.shutdown_deadline is not None:
             return False, "shutting down"
-        return True, "ok"
+        return self.self_check.healthy()
 
     async def shut_down(self, timeout: float) -> None:
         """Refuse new work, let what is in flight finish for `timeout` seconds, stop every engine.
@@ -234,6 +241,7 @@ class Runtime:
         """
         self.post(e.Shutdown(self.clock() + timeout))
         await self.all_stopped.wait()
+        self.self_check.stop()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -260,6 +268,10 @@ def _in_flight(model: Model) -> float:
 
 def _queued(model: Model) -> float:
     return len(model.queue)
+
+
+def _parked(model: Model) -> float:
+    return len(model.in_flight) if model.parked() else 0.0
 
 
 def _log_notice(notice: c.Notice) -> None:

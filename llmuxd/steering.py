@@ -57,6 +57,7 @@ class Steering:
             "mode": "manual" if state.mode.manual else "auto",
             "pinned": state.mode.pinned,
             "policy": self._runtime.switcher.policy.name,
+            "health": dict(zip(("ok", "reason"), self._runtime.health(), strict=True)),
             "active": active,
             "queued": state.queued,
             "in_flight": sum(len(m.in_flight) for m in state.models.values()),

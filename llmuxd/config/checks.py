@@ -17,10 +17,6 @@ from llmuxd.core.eviction import ProcessStrategy
 from llmuxd.core.settings import InFlight
 from llmuxd.protocol import RUNTIME_DIR_ENV
 
-KNOWN_POLICIES = ("fifo",)
-POLICIES_OF_0_7 = ("cost_aware", "time_slice")
-"""Accepted, with a warning that fifo is used, as long as they are not among the known ones."""
-
 SOCKET_PATH_BYTES = 107
 """The longest path of a Unix socket on Linux."""
 
@@ -94,12 +90,11 @@ def _check_policy(config: Config, reading: Reading, known: Collection[str]) -> N
     if drains and not config.policy.drain_before_switch:
         reading.wrong("policy.in_flight", "found 'drain', which contradicts policy.drain_before_switch = false")
     name = config.policy.policy_type
-    allowed = [*known, *(old for old in POLICIES_OF_0_7 if old not in known)]
-    if name in allowed or not reading.given("policy.policy_type"):
+    if name in known or not reading.given("policy.policy_type"):
         return
-    meant = nearest(name, allowed)
+    meant = nearest(name, known)
     hint = f" (did you mean {meant!r}?)" if meant else ""
-    reading.wrong("policy.policy_type", f"found {shown(name)}; allowed: {', '.join(allowed)}{hint}")
+    reading.wrong("policy.policy_type", f"found {shown(name)}; allowed: {', '.join(known)}{hint}")
 
 
 def _check_arguments(model: ModelConfig, reading: Reading) -> None:
@@ -111,16 +106,13 @@ def _check_arguments(model: ModelConfig, reading: Reading) -> None:
             reading.wrong(path_of(model.name, "extra_args"), f"found {shown(flag)}, which llmuxd decides: {why}")
 
 
-def warnings(config: Config, reading: Reading, known_policies: Collection[str]) -> tuple[str, ...]:
+def warnings(config: Config, reading: Reading) -> tuple[str, ...]:
     """What is accepted and yet not what one might expect, a sentence each."""
     found = []
     if reading.given("admin_port"):
         found.append("admin_port is not used: control is a Unix socket, see control_socket")
     if not _is_loopback(config.listen):
         found.append(f"listen = {shown(config.listen)}: anyone who reaches this address may use the models")
-    policy = config.policy.policy_type
-    if policy not in known_policies and policy in POLICIES_OF_0_7:
-        found.append(f"policy.policy_type {shown(policy)} is not supported yet: fifo is used")
     for model in config.models.values():
         if model.eviction.process in (ProcessStrategy.CUDA_SUSPEND, ProcessStrategy.CHECKPOINT):
             found.append(

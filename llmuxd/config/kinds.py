@@ -185,6 +185,7 @@ SECONDS = Kind("number", "a number of seconds, 0 or more", _number, "seconds")
 SECONDS_ABOVE_0 = Kind("number", "a number of seconds above 0", _positive, "seconds")
 MILLISECONDS = Kind("integer", "a whole number of milliseconds, 0 or more", _integer(0), "milliseconds")
 MILLISECONDS_ABOVE_0 = Kind("integer", "a whole number of milliseconds, 1 or more", _integer(1), "milliseconds")
+FACTOR_ABOVE_0 = Kind("number", "a number above 0", _positive)
 FACTOR = Kind("number", "a number, 0 or more", _number)
 IN_FLIGHT = Kind("string", "drain or park", _in_flight)
 EVICTION = Kind(

@@ -18,7 +18,16 @@ from llmuxd import protocol
 from llmuxd.config import checks
 from llmuxd.config.errors import ConfigError, Problem, quoted, shown
 from llmuxd.config.reading import Reading
-from llmuxd.config.types import CheckpointConfig, Config, ModelConfig, ObjectStoreConfig, PolicyConfig
+from llmuxd.config.types import (
+    COOLDOWN_OF_0_7_SECS,
+    POLICIES_OF_0_7,
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    ObjectStoreConfig,
+    PolicyConfig,
+)
+from llmuxd.policies import policy_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +41,7 @@ def load_config(
     path: str | Path,
     environ: Mapping[str, str] | None = None,
     *,
-    known_policies: Collection[str] = checks.KNOWN_POLICIES,
+    known_policies: Collection[str] | None = None,
 ) -> Config:
     """Read a file and the `conf.d/*.toml` beside it, in the order of their names. Raises ConfigError.
 
@@ -57,7 +66,7 @@ def parse_config(
     source: str = "config",
     environ: Mapping[str, str] | None = None,
     *,
-    known_policies: Collection[str] = checks.KNOWN_POLICIES,
+    known_policies: Collection[str] | None = None,
 ) -> Config:
     """Check a configuration that is already a mapping; `source` names it in errors. Raises ConfigError."""
     reading = Reading()
@@ -136,11 +145,13 @@ def _is_toml(text: str) -> bool:
     return True
 
 
-def _build(reading: Reading, environ: Mapping[str, str] | None, known_policies: Collection[str]) -> Config:
+def _build(reading: Reading, environ: Mapping[str, str] | None, known_policies: Collection[str] | None) -> Config:
     """The configuration, or all problems."""
     environ = os.environ if environ is None else environ
     reading.require()
     policy = PolicyConfig(**reading.section("policy", PolicyConfig))
+    if policy.policy_type in POLICIES_OF_0_7 and not reading.given("policy.min_active_secs"):
+        policy = replace(policy, min_active_secs=COOLDOWN_OF_0_7_SECS)
     top = reading.section("", Config)
     runtime_dir = Path(environ.get(protocol.RUNTIME_DIR_ENV) or protocol.DEFAULT_RUNTIME_DIR).absolute()
     state_dir = Path(environ.get(protocol.STATE_DIR_ENV) or protocol.DEFAULT_STATE_DIR).absolute()
@@ -154,10 +165,10 @@ def _build(reading: Reading, environ: Mapping[str, str] | None, known_policies: 
         models[name] = ModelConfig(name, **values)
     top.setdefault("control_socket", runtime_dir / protocol.CONTROL_SOCKET_NAME)
     config = Config(runtime_dir=runtime_dir, state_dir=state_dir, models=models, policy=policy, **top)
-    checks.check(config, reading, known_policies)
+    checks.check(config, reading, policy_names() if known_policies is None else known_policies)
     if reading.problems:
         raise ConfigError(reading.problems)
-    said = checks.warnings(config, reading, known_policies)
+    said = checks.warnings(config, reading)
     return replace(config, checkpoint=_checkpoint(reading), warnings=said)
 
 

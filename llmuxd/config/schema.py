@@ -71,17 +71,18 @@ KEYS: tuple[Key, ...] = (
     Key("models.*.max_queue", kinds.REQUESTS, "", "Requests that may wait for this model; one more is answered with 429."),
     Key("models.*.ttl_secs", kinds.SECONDS_ABOVE_0, "", "Put the model to sleep after this long without a request."),
     Key("models.*.start_timeout_secs", kinds.SECONDS_ABOVE_0, "start_timeout_secs", "How long this engine may take to start."),
-    Key("policy.policy_type", kinds.TEXT, '"fifo"', "Which model is next."),
+    Key("models.*.priority", kinds.FACTOR_ABOVE_0, "1", "tenure: how many times the waiting of this model's requests counts."),
+    Key("policy.policy_type", kinds.TEXT, '"tenure"', "Which model is next: tenure, fifo, cost_aware, time_slice, or an installed package's."),
     Key("policy.request_timeout_secs", kinds.SECONDS_ABOVE_0, "300", "How long a request waits for its model before it is answered with 504."),
     Key("policy.drain_before_switch", kinds.BOOLEAN, "true", "Wait for the requests in flight before a switch; if false they are paused, or cut off where the engine is stopped."),
     Key("policy.in_flight", kinds.IN_FLIGHT, '"drain"', "What a switch does with requests in flight: drain waits for them, park pauses them in the engine until its next wake."),
     Key("policy.eviction", kinds.EVICTION, '"offload+keep_running"', "The eviction of models that do not name one."),
-    Key("policy.min_active_secs", kinds.SECONDS, "5", "How long a model stays awake before another one may push it out."),
+    Key("policy.min_active_secs", kinds.SECONDS, "0", "How long a model stays awake before another one may push it out; 5 by default under fifo, cost_aware and time_slice, which give no turns of their own."),
     Key("policy.coalesce_window_ms", kinds.MILLISECONDS, "2000", "cost_aware: how long to collect requests before a switch."),
     Key("policy.amortization_factor", kinds.FACTOR, "0.5", "cost_aware: how much waiting work a switch has to be worth."),
-    Key("policy.max_wait_secs", kinds.SECONDS, "15", "cost_aware and time_slice: the wait that forces a switch."),
+    Key("policy.max_wait_secs", kinds.SECONDS, "15", "The wait that forces a switch: under time_slice when the next request comes, under tenure with 15 times the cost of a switch added."),
     Key("policy.tick_interval_ms", kinds.MILLISECONDS_ABOVE_0, "500", "time_slice: how often the queues are looked at."),
-    Key("policy.min_quantum_ms", kinds.MILLISECONDS, "2000", "time_slice: the least time that a model serves."),
+    Key("policy.min_quantum_ms", kinds.MILLISECONDS, "2000", "Accepted from llmux 0.7, which does not use it either."),
     Key("checkpoint.criu_path", kinds.TEXT, '"criu"', "The criu program."),
     Key("checkpoint.cuda_plugin_dir", kinds.TEXT, '"/usr/lib/criu/"', "The folder of CRIU's CUDA plugin."),
     Key("checkpoint.images_dir", kinds.PATH, '"/tmp/llmux-checkpoints"', "Where images are kept, a folder per model."),
@@ -95,7 +96,7 @@ KEYS: tuple[Key, ...] = (
 )  # fmt: skip
 """Every key, in the order of the documentation."""
 
-NOT_YET = frozenset({"models.*.gpus", "models.*.memory", "models.*.priority"})
+NOT_YET = frozenset({"models.*.gpus", "models.*.memory"})
 """Keys that are reserved: an error of their own says so."""
 
 TABLES: dict[str, dict[str, Key]] = {"": {}}

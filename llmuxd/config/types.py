@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.core.policies import DEFAULT_POLICY
 from llmuxd.core.settings import InFlight
+
+POLICIES_OF_0_7 = ("fifo", "cost_aware", "time_slice")
+COOLDOWN_OF_0_7_SECS = 5.0
+"""What `min_active_secs` is under those policies if nothing is said. Others give turns of their own."""
 
 DEFAULT_EVICTION = EvictionPolicy(WeightStrategy.OFFLOAD, ProcessStrategy.KEEP_RUNNING)
 
@@ -28,19 +33,20 @@ class ModelConfig:
     max_queue: int | None = None
     ttl_secs: float | None = None
     start_timeout_secs: float = 1800.0
+    priority: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
     """When and how models are switched."""
 
-    policy_type: str = "fifo"
+    policy_type: str = DEFAULT_POLICY
     request_timeout_secs: float = 300.0
     drain_before_switch: bool = True
     in_flight: InFlight = InFlight.DRAIN
     """DRAIN or PARK; without `drain_before_switch` no switch waits, whatever this says."""
     eviction: EvictionPolicy = DEFAULT_EVICTION
-    min_active_secs: float = 5.0
+    min_active_secs: float = 0.0
     coalesce_window_ms: int = 2000
     amortization_factor: float = 0.5
     max_wait_secs: float = 15.0

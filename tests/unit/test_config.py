@@ -105,7 +105,6 @@ def test_every_key_of_llmux_0_7_is_taken(tmp_path):
     assert config.checkpoint.object_store.region == "us-east-1"
     assert [warning.split(" ")[0] for warning in config.warnings] == [
         "admin_port",
-        "policy.policy_type",
         "models.mistral-7b.eviction",
         "models.mistral-7b.checkpoint_path",
     ]
@@ -225,21 +224,37 @@ def test_evictions_that_are_carried_out_as_a_stop_are_warned_of(process):
     assert warning == f"models.a.eviction retain+{process} is not supported yet: the engine is stopped"
 
 
-@pytest.mark.parametrize("name", ["cost_aware", "time_slice"])
-def test_policies_of_0_7_are_warned_of_until_they_are_known(name):
-    data = {"policy": {"policy_type": name}}
-    (warning,) = parse_config(data, environ={}).warnings
-    assert warning == f'policy.policy_type "{name}" is not supported yet: fifo is used'
-    config = parse_config(data, environ={}, known_policies=("fifo", name))
+@pytest.mark.parametrize("name", ["tenure", "fifo", "cost_aware", "time_slice"])
+def test_the_policies_are_known(name):
+    config = parse_config({"policy": {"policy_type": name}}, environ={})
     assert (config.policy.policy_type, config.warnings) == (name, ())
+
+
+@pytest.mark.parametrize(
+    ("policy", "secs"),
+    [
+        ({}, 0),
+        ({"policy_type": "fifo"}, 5),
+        ({"policy_type": "time_slice"}, 5),
+        ({"min_active_secs": 2}, 2),
+        ({"policy_type": "cost_aware", "min_active_secs": 0}, 0),
+    ],
+)
+def test_the_cooldown_is_the_policys_unless_it_is_said(policy, secs):
+    assert parse_config({"policy": policy}, environ={}).policy.min_active_secs == secs
 
 
 def test_known_policies_are_for_files_too(tmp_path):
     file = tmp_path / "f.toml"
     file.write_text('policy.policy_type = "ours"\n')
     assert load_config(file, {}, known_policies=["ours"]).policy.policy_type == "ours"
-    with pytest.raises(ConfigError, match=r'found "ours"; allowed: fifo, cost_aware, time_slice$'):
+    with pytest.raises(ConfigError, match=r'found "ours"; allowed: fifo, cost_aware, time_slice, tenure'):
         load_config(file, {})
+
+
+def test_drain_contradicts_a_switch_that_does_not_wait():
+    with pytest.raises(ConfigError, match=r"policy\.in_flight: found 'drain', which contradicts"):
+        parse_config({"policy": {"in_flight": "drain", "drain_before_switch": False}}, environ={})
 
 
 def test_the_description_is_json_without_secrets():

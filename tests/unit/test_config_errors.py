@@ -58,7 +58,7 @@ def policy(**values):
         # Not supported yet
         (model(gpus=[0]), "models.a.gpus: is not supported yet"),
         (model(memory="8GiB"), "models.a.memory: is not supported yet"),
-        (model(priority=1), "models.a.priority: is not supported yet"),
+        (model(priority=0), "models.a.priority: found 0; allowed: a number above 0"),
         # Numbers
         ({"port": "3000"}, 'port: found "3000"; allowed: a port, 0 to 65535'),
         ({"port": True}, "port: found true; allowed: a port, 0 to 65535"),
@@ -136,7 +136,7 @@ def policy(**values):
         (policy(eviction={"weights": "melt", "process": "stop"}), "policy.eviction: found {"),
         (policy(eviction={"weights": [], "process": "stop"}), "policy.eviction: found {"),
         (policy(eviction={"weights": "offload", "process": "stop", "level": 1}), "policy.eviction: found {"),
-        (policy(policy_type="fifi"), "policy.policy_type: found \"fifi\"; allowed: fifo, cost_aware, time_slice (did you mean 'fifo'?)"),
+        (policy(policy_type="fifi"), "policy.policy_type: found \"fifi\"; allowed: fifo, cost_aware, time_slice, tenure (did you mean 'fifo'?)"),
         (policy(policy_type=1), "policy.policy_type: found 1; allowed: a string"),
     ],
 )  # fmt: skip
