@@ -23,6 +23,7 @@ class Engines:
     def start(self, model: Model, now: float) -> None:
         op = self._begin(model)
         model.incarnation = op
+        model.placement = model.spec.placement
         model.outdated = False
         timeout = model.spec.start_timeout
         self._enter(model, c.StartEngine, S.STARTING, now, timeout)
@@ -109,6 +110,7 @@ class Engines:
             model.asleep_by = None
             raise IllegalEvent(f"{model.name}: there is no room for the adopted engine")
         model.op = model.incarnation = event.incarnation
+        model.placement = model.spec.placement
         state.last_op = max(state.last_op, event.incarnation)
         model.can_park, model.can_sleep = event.can_park, event.can_sleep
         model.idle_since = now

@@ -19,7 +19,7 @@ from llmuxd.core import events as e
 from llmuxd.core.costs import Costs, Rate
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
-from llmuxd.core.settings import ModelSpec, Settings
+from llmuxd.core.settings import ModelSpec, Placement, Settings
 
 
 class IllegalEvent(Exception):
@@ -78,6 +78,8 @@ class Model:
     state: S = S.NOT_STARTED
     asleep_by: EvictionPolicy | None = None
     """How the engine was put (or is being put) to sleep; None unless it is falling asleep, asleep or waking."""
+    placement: Placement | None = None
+    """Where its engine runs, as the config was when it was started."""
     held: Mapping[str, int] = field(default_factory=dict)
     """What it held when its stop began: it holds no more than that until it is gone."""
     op: int = 0
@@ -123,6 +125,12 @@ class Model:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def holds(self) -> Placement:
+        """Where the engine runs that it has, or would run if it were started now."""
+        gone = self.state in WITHOUT_PROCESS or self.state is S.STOPPING
+        return self.spec.placement if gone or self.placement is None else self.placement
 
     def blocked(self, now: float) -> bool:
         """Whether a failure is being waited out."""
@@ -236,7 +244,7 @@ class State:
             return _left_by(model, model.asleep_by)
         if state is S.STOPPING:
             return model.held
-        return model.spec.placement.awake
+        return model.holds.awake
 
     def has_room(self, model: Model, state: S) -> bool:
         """Whether a model without an engine could have one in `state`, all others being as they are."""
@@ -259,7 +267,7 @@ class State:
                 left = _left_by(model, going[model.name]) if model.name in going else self.claim(model)
                 for device, amount in left.items():
                     free[device] -= amount
-        return all(amount <= free[device] for device, amount in target.spec.placement.awake.items())
+        return all(amount <= free[device] for device, amount in target.holds.awake.items())
 
 
 def check_placement(spec: ModelSpec, devices: Mapping[str, int]) -> None:
@@ -274,4 +282,4 @@ def _left_by(model: Model, eviction: EvictionPolicy) -> Mapping[str, int]:
     if eviction.process is not ProcessStrategy.KEEP_RUNNING:
         return {}
     retains = eviction.weights is WeightStrategy.RETAIN
-    return model.spec.placement.retained if retains else model.spec.placement.asleep
+    return model.holds.retained if retains else model.holds.asleep
