@@ -128,7 +128,12 @@ class Switching:
             return self._end(switch, now)
         target = self._state.models[switch.target]
         if not self._state.fits(target, {}):
-            return False
+            if any(m.state in IN_TRANSITION for m in self._state.models.values()):
+                return False
+            # It takes more than it did when this was planned, by a reload: plan again.
+            self._state.jobs[:0] = switch.jobs
+            switch.jobs = []
+            return self._end(switch, now, cancelled=True)
         return self._enter_phase(switch, Phase.WAKE, now)
 
     def _wake(self, switch: Switch, now: float) -> bool:
