@@ -42,7 +42,7 @@ sim: $(STAMP) ## the switching core under virtual time with faults, SEEDS=0:1000
 	@$(BIN)/python -m llmuxd.sim --seeds $(SEEDS)
 
 bench-policies: $(STAMP) ## compare the switching policies; writes docs/policies.md
-	@$(BIN)/python -m llmuxd.sim report
+	@$(BIN)/python -m llmuxd.sim report --traces benchmarks/traces
 
 test-floor: ## the same tests on the oldest versions that are supported, Debian 12's
 	@$(PYTHON) -m venv $(CACHE)/floor

@@ -11,6 +11,7 @@ from pprint import pformat
 import click
 
 from llmuxd.core.audit import INVARIANTS
+from llmuxd.sim.virtual.bench_cli import bench, report
 from llmuxd.sim.virtual.chaos import draw
 from llmuxd.sim.virtual.scenario import Scenario
 from llmuxd.sim.virtual.sweep import Verdict, digest, log_of, shortest, sweep
@@ -118,6 +119,10 @@ def _brief(scenario: Scenario) -> str:
         "faults": scenario.faults,
     }
     return "\n".join(f"  {name}: {pformat(value, width=110, compact=True)}" for name, value in parts.items())
+
+
+cli.add_command(bench)
+cli.add_command(report)
 
 
 if __name__ == "__main__":

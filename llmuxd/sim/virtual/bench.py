@@ -34,6 +34,10 @@ SERIAL_COSTS: Sequence[tuple[float, float]] = ((2, 0.5), (5, 0.5), (10, 0.5), (2
 SERIAL_PARAMETERS = PolicyParameters(tick_interval=0.01)
 """llmux 0.7's simulator looks at the queues every 0.5 s, and whenever the awake model runs empty as well."""
 
+COOLED = ("fifo", "cost_aware", "time_slice")
+COOLDOWN_SECS = 5.0
+"""llmux 0.7's cooldown for its policies, the default of `min_active_secs` under them, in batched service."""
+
 BATCH_COSTS: Sequence[float] = (2.0, 8.0)
 RATES: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Requests per second and model."""
@@ -77,12 +81,13 @@ def batch_workloads(traces: Path | None) -> dict[str, Callable[[], list[Arrival]
         for rate in RATES:
             found[f"poisson-{models}x{rate}"] = partial(workloads.poisson, models, rate, HOUR, SEED)
             found[f"zipf-{models}x{rate}"] = partial(workloads.poisson, models, rate, HOUR, SEED, zipf=True)
-    for path in sorted(traces.glob("*.csv")) if traces is not None else ():
-        if path.name.startswith("aegaeon"):
-            found[path.stem] = partial(workloads.aegaeon, path)
+    for path in sorted(traces.glob("*.csv*")) if traces is not None else ():
+        name = path.name.partition(".csv")[0]
+        if name.startswith("aegaeon"):
+            found[name] = partial(workloads.aegaeon, path)
         else:
             for models in (4, 8):
-                found[f"{path.stem}-over-{models}"] = partial(workloads.azure, path, models, SEED)
+                found[f"{name}-over-{models}"] = partial(workloads.azure, path, models, SEED)
     return found
 
 
@@ -113,7 +118,7 @@ def scenario_of(case: Case, arrivals: Sequence[Arrival]) -> Scenario:
     settings = Settings(
         request_timeout=1e9,
         in_flight=case.in_flight,
-        min_active=0.0 if serial or case.policy != "time_slice" else 5.0,
+        min_active=0.0 if serial or case.policy not in COOLED else COOLDOWN_SECS,
         max_queue=10**9,
     )
     return Scenario(

@@ -6,8 +6,9 @@ Each workload is a list of arrivals in the order of their time, in seconds from 
 from __future__ import annotations
 
 import csv
+import gzip
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -135,12 +136,16 @@ def model_name(number: int) -> str:
 # Traces
 
 
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    yield from csv.DictReader(text.splitlines())
+
+
 def aegaeon(path: Path) -> list[Arrival]:
     """A trace of the Aegaeon artifact: Request Time (h:m:s), Model Name, Input Length, Output Length."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     arrivals = []
-    for row in rows:
+    for row in _rows(path):
         hours, minutes, seconds = row["Request Time"].split(":")
         at = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
         arrivals.append(Arrival(at, row["Model Name"], Work(int(row["Input Length"]), int(row["Output Length"]))))
@@ -153,12 +158,11 @@ def azure(path: Path, models: int, seed: int) -> list[Arrival]:
     shares = zipf_shares(models)
     arrivals = []
     begin: datetime | None = None
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            # Seven digits of a second, of which Python knows six.
-            time = datetime.fromisoformat(row["TIMESTAMP"][:26])
-            begin = begin or time
-            model = model_name(dice.choices(range(models), shares)[0])
-            work = Work(int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"])))
-            arrivals.append(Arrival((time - begin).total_seconds(), model, work))
+    for row in _rows(path):
+        # Seven digits of a second, of which Python knows six.
+        time = datetime.fromisoformat(row["TIMESTAMP"][:26])
+        begin = begin or time
+        model = model_name(dice.choices(range(models), shares)[0])
+        work = Work(int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"])))
+        arrivals.append(Arrival((time - begin).total_seconds(), model, work))
     return sorted(arrivals, key=lambda arrival: arrival.at)
