@@ -7,7 +7,7 @@ import pytest
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.settings import InFlight
+from llmuxd.core.settings import InFlight, Placement
 from tests.core.playbook import OFFLOAD, Play, spec
 
 
@@ -84,6 +84,25 @@ def test_a_failing_model_does_not_hold_up_the_others():
     play.ask(1, 2, "b")
     assert play.fails(2, "a") == ["stop a", "refuse 1 model_unavailable"]
     assert play.done(3, "a") == ["start b"]
+
+
+def test_a_model_that_failed_does_not_make_those_wait_again_who_have_waited_since_before():
+    play = Play(spec("a"), spec("b", placement=Placement({"gpu": 2})), spec("c"), devices={"gpu": 2})
+    play.awake("a")
+    play.ask(1, 1, "a")
+    play.ask(2, 2, "c")
+    play.ask(3, 3, "b")
+    assert play.dies(4, "a") == ["stop a"]
+    play.at(4, e.RequestBounced(1))
+    play.done(5, "a")
+    # The request for a is the oldest, and a could be started beside c; but it is a that failed.
+    assert play.done(6, "c") == ["forward 2"]
+    assert play.state.switch.target == "b"
+    assert play.at(7, e.RequestFinished(2)) == ["sleep c offload+keep_running wait"]
+    assert play.done(8, "c") == ["start b"]
+    play.done(9, "b")
+    assert play.at(10, e.RequestFinished(3)) == ["sleep b offload+keep_running wait"]
+    assert play.done(11, "b") == ["start a"]
 
 
 def test_an_engine_that_dies_while_it_is_drained_is_out_of_the_way():

@@ -245,6 +245,14 @@ class TestManual:
         assert reason(play) == "a is pinned; unpin it first, or pin b instead"
         assert play.at(2, e.OperatorWake(10, "a")) == ["job 10 done"]
 
+    def test_what_was_asked_for_before_the_pin_fails_where_it_needs_the_room(self):
+        play = Play()
+        play.ask(0, 1, "a")
+        assert play.at(0, e.OperatorSwitch(7, "b")) == []
+        assert play.at(0, e.Pin(8, "a")) == []
+        assert play.done(1, "a") == ["job 8 done", "forward 1", "job 7 failed"]
+        assert reason(play) == "a is pinned, and there is no room beside it"
+
     def test_stopping_a_pinned_model_unpins_it(self):
         play = Play()
         play.awake("a")

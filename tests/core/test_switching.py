@@ -189,6 +189,15 @@ def test_only_those_go_that_have_to():
     assert play.ask(2, 1, "c") == ["sleep b offload+keep_running wait"], "a, idle for longer, would not be enough"
 
 
+def test_what_moves_by_itself_and_is_in_the_way_is_waited_for():
+    play = Play()
+    play.model("b").state, play.model("b").deadline = S.STARTING, 300.0
+    assert play.ask(1, 1, "a") == []
+    assert play.state.switch is None
+    assert play.done(2, "b") == ["sleep b offload+keep_running wait"]
+    assert play.done(3, "b") == ["start a"]
+
+
 def test_weights_that_are_retained_keep_their_room():
     kept = Placement({"gpu": 2}, retained={"gpu": 2})
     play = Play(spec("a", RETAIN, kept), spec("b", RETAIN, kept), spec("c", RETAIN, kept), devices={"gpu": 4})
