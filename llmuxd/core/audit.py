@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS, passed_over_secs
+from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS, longest_waiting, passed_over_secs
 from llmuxd.core.state import IN_TRANSITION, Model
-from llmuxd.core.views import has_demand, oldest_demand, typical_switch_secs
+from llmuxd.core.views import oldest_demand, typical_switch_secs
 
 if TYPE_CHECKING:
     from llmuxd.core.switcher import Switcher
@@ -158,9 +158,7 @@ class Auditor:
             return
         if state.jobs:
             return
-        for model in state.models.values():
-            if not has_demand(model) or not self._in_good_order(model):
-                continue
-            if passed_over_secs(state, policy, model, self._now) > MAX_TURN_SECS:
-                waited = self._now - (oldest_demand(model) or self._now)
-                self._broken("staleness", f"{model.name} has waited {waited:.3f} s, nothing is switched")
+        model = longest_waiting(state, self._now)
+        if model is not None and passed_over_secs(state, policy, model, self._now) > MAX_TURN_SECS:
+            waited = self._now - (oldest_demand(model) or self._now)
+            self._broken("staleness", f"{model.name} has waited {waited:.3f} s, nothing is switched")

@@ -47,19 +47,23 @@ def _why(state: State, policy: Policy, model: Model, waiting: float, now: float)
         return _why_switch(state, now)
     if state.mode.manual or state.jobs or state.shutdown_deadline is not None or not model.loadable(now):
         return ""
-    if passed_over_secs(state, policy, model, now) > MAX_TURN_SECS:
+    longest = longest_waiting(state, now)
+    if model is longest and passed_over_secs(state, policy, model, now) > MAX_TURN_SECS:
         return f"policy {policy.name} passes it over"
     return ""
 
 
-def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> float:
-    """For how long the model has been overdue although nothing new has come into its way; negative if it is not.
+def longest_waiting(state: State, now: float) -> Model | None:
+    """The model whose demand is the oldest, of those that could be loaded. Only it can be passed over."""
+    waiting = [m for m in state.models.values() if oldest_demand(m) is not None and m.loadable(now) and not m.failures]
+    return min(waiting, key=lambda m: oldest_demand(m) or 0.0, default=None)
 
-    Only the one that waits longest can be passed over: the others wait for it.
-    """
+
+def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> float:
+    """For how long the model has been overdue although nothing new has come into its way; negative if it is not."""
     since = oldest_demand(model)
     bound = policy.bound(typical_switch_secs(state))
-    if since is None or bound is None or any(_is_before(other, since, now) for other in state.models.values()):
+    if since is None or bound is None or now - since <= bound:
         return float("-inf")
     overdue_at = since + bound
     began = overdue_at
@@ -71,11 +75,6 @@ def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> 
         if other.state is S.AWAKE:
             began = max(began, other.since)
     return now - began
-
-
-def _is_before(other: Model, since: float, now: float) -> bool:
-    waits = oldest_demand(other)
-    return waits is not None and waits < since and other.loadable(now)
 
 
 def _why_switch(state: State, now: float) -> str:

@@ -259,6 +259,11 @@ class State:
                 used[device] += amount
         return used
 
+    def freed_by(self, model: Model, eviction: EvictionPolicy) -> Mapping[str, int]:
+        """What an eviction of the model gives back on each device."""
+        left = _left_by(model, eviction)
+        return {device: amount - left.get(device, 0) for device, amount in self.claim(model).items()}
+
     def fits(self, target: Model, going: Mapping[str, EvictionPolicy]) -> bool:
         """Whether `target` could be awake once each model in `going` were evicted by the policy given there."""
         free = dict(self.devices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from llmuxd.core.costs import Costs, estimate
 from llmuxd.core.engine_state import EngineState as S
@@ -24,25 +24,50 @@ def may_park(state: State, model: Model, eviction: EvictionPolicy) -> bool:
     return parks and keeps and model.can_park
 
 
-def make_room(state: State, target: Model) -> dict[str, EvictionPolicy]:
-    """Which models have to go, and how, for `target` to fit: as few, as idle and as gently as possible."""
+def make_room(state: State, target: Model, used: Mapping[str, int] | None = None) -> dict[str, EvictionPolicy]:
+    """Which models have to go, and how, for `target` to fit: as few, as idle and as gently as possible.
+
+    `used` is what `state.used()` says, for who asks of many targets.
+    """
+    need = target.holds.awake
+    free = _free_for(state, target, state.used() if used is None else used)
+    if all(amount <= free[device] for device, amount in need.items()):
+        return {}
     others = [m for m in state.models.values() if m is not target and m.name != state.mode.pinned]
     awake = [m for m in others if m.state is S.AWAKE]
     awake.sort(key=lambda m: (bool(m.in_flight or m.queue), m.idle_since))
     tiers = [(m, m.eviction) for m in awake]
     tiers += [(m, STOP) for m in others if m.state is S.ASLEEP and any(state.claim(m).values())]
     tiers += [(m, STOP) for m in awake]
-    stopping = stopping_of(state)
     going: dict[str, EvictionPolicy] = {}
+    gains: dict[str, Mapping[str, int]] = {}
     for model, eviction in tiers:
-        if state.fits(target, {**stopping, **going}):
+        if all(amount <= free[device] for device, amount in need.items()):
             break
-        going[model.name] = eviction
+        _add(free, gains.get(model.name, {}), -1)
+        going[model.name], gains[model.name] = eviction, state.freed_by(model, eviction)
+        _add(free, gains[model.name], 1)
     for name in list(going):
-        without = {n: p for n, p in going.items() if n != name}
-        if state.fits(target, {**stopping, **without}):
-            going = without
+        _add(free, gains[name], -1)
+        if all(amount <= free[device] for device, amount in need.items()):
+            del going[name]
+        else:
+            _add(free, gains[name], 1)
     return going
+
+
+def _free_for(state: State, target: Model, used: Mapping[str, int]) -> dict[str, int]:
+    """What `target` could have on each device if nothing went but itself and what is stopping anyhow."""
+    free = {device: capacity - used[device] for device, capacity in state.devices.items()}
+    for model in state.models.values():
+        if model is target or model.state is S.STOPPING:
+            _add(free, state.claim(model), 1)
+    return free
+
+
+def _add(free: dict[str, int], amounts: Mapping[str, int], sign: int) -> None:
+    for device, amount in amounts.items():
+        free[device] += sign * amount
 
 
 def stopping_of(state: State) -> dict[str, EvictionPolicy]:
@@ -52,7 +77,13 @@ def stopping_of(state: State) -> dict[str, EvictionPolicy]:
 
 def snapshot(state: State, now: float, wanted: Collection[str], due: bool) -> Snapshot:
     """All that a policy may know; the models that are `wanted` are its candidates."""
-    views = tuple(_view(state, model, now, model.name in wanted) for model in state.models.values())
+    used = state.used()
+    views = tuple(
+        _view(model, now, parks=may_park(state, model, model.eviction), candidate=candidate_of(state, model, used))
+        if model.name in wanted
+        else _view(model, now, parks=may_park(state, model, model.eviction), candidate=None)
+        for model in state.models.values()
+    )
     return Snapshot(now, views, typical_switch_secs(state), state.settings.min_active, state.arrived, due)
 
 
@@ -63,9 +94,9 @@ def typical_switch_secs(state: State) -> float:
     return estimate("sleep", nobody, costs) + estimate("wake", nobody, costs)
 
 
-def candidate_of(state: State, model: Model) -> Candidate:
+def candidate_of(state: State, model: Model, used: Mapping[str, int] | None = None) -> Candidate:
     """What it would take to make the model awake now."""
-    going = make_room(state, model)
+    going = make_room(state, model, used)
     costs = [m.costs for m in state.models.values()]
     seconds = estimate("wake" if model.state is S.ASLEEP else "start", model.costs, costs)
     for name, eviction in going.items():
@@ -83,7 +114,7 @@ def oldest_demand(model: Model) -> float | None:
     return oldest
 
 
-def _view(state: State, model: Model, now: float, wanted: bool) -> ModelView:
+def _view(model: Model, now: float, *, parks: bool, candidate: Candidate | None) -> ModelView:
     parked = len(model.in_flight) if model.parked() else 0
     return ModelView(
         name=model.name,
@@ -96,11 +127,11 @@ def _view(state: State, model: Model, now: float, wanted: bool) -> ModelView:
         since=model.since,
         last_arrival=model.last_arrival,
         drain_secs=_drain_secs(model, now),
-        parks=may_park(state, model, model.eviction),
+        parks=parks,
         barren_turns=model.barren_turns,
         arrival_rate=model.rate.at(now),
         priority=model.spec.priority,
-        candidate=candidate_of(state, model) if wanted else None,
+        candidate=candidate,
     )
 
 
