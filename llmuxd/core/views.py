@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from llmuxd.core.costs import Costs, estimate
 from llmuxd.core.engine_state import EngineState as S
@@ -33,15 +33,9 @@ def make_room(state: State, target: Model, used: Mapping[str, int] | None = None
     free = _free_for(state, target, state.used() if used is None else used)
     if all(amount <= free[device] for device, amount in need.items()):
         return {}
-    others = [m for m in state.models.values() if m is not target and m.name != state.mode.pinned]
-    awake = [m for m in others if m.state is S.AWAKE]
-    awake.sort(key=lambda m: (bool(m.in_flight or m.queue), m.idle_since))
-    tiers = [(m, m.eviction) for m in awake]
-    tiers += [(m, STOP) for m in others if m.state is S.ASLEEP and any(state.claim(m).values())]
-    tiers += [(m, STOP) for m in awake]
     going: dict[str, EvictionPolicy] = {}
     gains: dict[str, Mapping[str, int]] = {}
-    for model, eviction in tiers:
+    for model, eviction in _by_gentleness(state, target):
         if all(amount <= free[device] for device, amount in need.items()):
             break
         _add(free, gains.get(model.name, {}), -1)
@@ -54,6 +48,22 @@ def make_room(state: State, target: Model, used: Mapping[str, int] | None = None
         else:
             _add(free, gains[name], 1)
     return going
+
+
+def _by_gentleness(state: State, target: Model) -> Iterator[tuple[Model, EvictionPolicy]]:
+    """What may be done to whom, the gentlest first: the idle put to sleep, the busy, sleepers stopped, all stopped."""
+    pinned = state.mode.pinned
+    awake = [m for m in state.models.values() if m.state is S.AWAKE and m is not target and m.spec.name != pinned]
+    if len(awake) > 1:
+        awake.sort(key=lambda m: (bool(m.in_flight or m.queue), m.idle_since))
+    for model in awake:
+        yield model, model.eviction
+    for model in state.models.values():
+        sleeps = model.state is S.ASLEEP and model is not target and model.spec.name != pinned
+        if sleeps and any(state.claim(model).values()):
+            yield model, STOP
+    for model in awake:
+        yield model, STOP
 
 
 def _free_for(state: State, target: Model, used: Mapping[str, int]) -> dict[str, int]:
