@@ -66,6 +66,8 @@ class Switcher:
             self._switching.advance(now)
         else:
             self._operator.wind_down(now)
+        # What a switch that has just ended still needed may go now.
+        sweep(self.state, self._engines, now)
         return self._flush()
 
     def _flush(self) -> list[c.Command]:

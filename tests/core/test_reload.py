@@ -113,10 +113,10 @@ class TestAModelThatIsTakenOut:
         reload(play, 2, B)
         assert play.done(3, "a") == ["stop a"]
         assert play.done(4, "a") == ["start b"]
-        assert play.done(5, "b") == ["forward 1"]
         assert "a" in play.state.models
-        play.tick(6)
-        assert play.notices() == [c.ModelGone("a")]
+        assert play.done(5, "b") == ["forward 1"]
+        assert play.notices()[-1] == c.ModelGone("a")
+        assert "a" not in play.state.models
 
     def test_a_pin_of_it_becomes_manual_mode(self):
         play = Play(A, B)
