@@ -49,13 +49,19 @@ def build_app(config: Config) -> App:
     metrics = Metrics()
     runtime = Runtime(config, metrics)
     steering = Steering(runtime)
+    proxy = build_proxy(
+        runtime.gate,
+        max_body_bytes=config.max_body_bytes,
+        metrics=metrics,
+        heartbeat_secs=config.heartbeat_secs,
+    )
+
+    async def begin(_proxy: web.Application) -> None:
+        runtime.self_check.start()
+
+    proxy.on_startup.append(begin)
     return App(
-        proxy=build_proxy(
-            runtime.gate,
-            max_body_bytes=config.max_body_bytes,
-            metrics=metrics,
-            heartbeat_secs=config.heartbeat_secs,
-        ),
+        proxy=proxy,
         metrics=build_metrics(metrics) if config.metrics_port else None,
         control=build_control(steering),
         switcher=runtime.switcher,

@@ -122,15 +122,20 @@ async def _shut_down_when_asked(
 async def _ping_watchdog(app: App, notifier: sdnotify.SystemdNotifier, environ: Mapping[str, str]) -> None:
     """Tell systemd that all is well, twice in the time that it gives, as long as the scheduler is alive."""
     given = environ.get("WATCHDOG_USEC", "")
-    if not given.isdecimal() or environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+    period = int(given) / 1e6 if given.isdecimal() else 0.0
+    if not period or environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
+    told = False
     while True:
+        # A probe of its own: the loop may have stood still, and the self-check's not have had its turn yet.
+        app.runtime.self_check.probe()
         alive, reason = app.runtime.self_check.alive()
         if alive:
             notifier.notify("WATCHDOG=1")
-        else:
-            log.critical("no more word to the watchdog: %s", reason)
-        await asyncio.sleep(int(given) / 1e6 / 2)
+        elif not told:
+            log.critical("no more word to systemd's watchdog, which will restart llmuxd: %s", reason)
+        told = not alive
+        await asyncio.sleep(period / 2)
 
 
 async def _finish(shutdown: asyncio.Task[None], signals: _Signals) -> None:

@@ -152,6 +152,12 @@ class Gate:
         grant = Grant(endpoint, command.model, command.queue_secs, command.switch_secs)
         self._tickets[command.request].grant(grant)
 
+    def fail(self, request: int) -> None:
+        """End a request that nothing will come of, for a fault that is ours; if it has not ended."""
+        ticket = self._tickets.pop(request, None)
+        if ticket is not None:
+            ticket.refuse(Refused(500, "internal_error", "server_error", "internal error"))
+
     def end(self, command: c.Refuse | c.Abort) -> None:
         """Refuse a request, or break it off."""
         retry_after = command.retry_after if isinstance(command, c.Refuse) else None

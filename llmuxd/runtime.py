@@ -133,22 +133,47 @@ class Runtime:
                 self._handle(self._events.popleft())
         finally:
             self._posting = False
-        self._arm()
+        try:
+            self._arm()
+        except Exception as error:
+            self.self_check.failed("its deadlines", error)
 
     def _handle(self, event: e.Event) -> None:
+        """Never raises: whoever posted is not to blame, and has others to serve.
+
+        What the core breaks over is told by health, and ended by the watchdog; it goes on meanwhile as well as it can.
+        """
         now = self.clock()
         try:
             commands = self.switcher.handle(event, now)
         except IllegalEvent as illegal:
             log.error("event refused by the core: %s", illegal)
+            self._give_up(event, str(illegal))
             return
         except Exception as error:
-            # Whoever posted it is not to blame, and has others to serve: health and the watchdog see to the rest.
-            self.self_check.failed(event, error)
+            self.self_check.failed(repr(event), error)
+            self._give_up(event, f"internal error: {error!r}")
             return
         self.self_check.handled(event, commands, now)
         for command in commands:
-            self._begin(command)
+            try:
+                self._begin(command)
+            except Exception as error:
+                self.self_check.failed(repr(command), error)
+                if isinstance(command, c.Forward):
+                    self.gate.fail(command.request)
+
+    def _give_up(self, event: e.Event, why: str) -> None:
+        """Nothing will come of the event: tell whoever waits for it."""
+        if isinstance(event, (e.RequestArrived, e.RequestBounced)):
+            self.gate.fail(event.request)
+            if event.request in self.switcher.state.requests:
+                # The core may have got as far as taking it in.
+                self._events.append(e.ClientLeft(event.request))
+            return
+        waiting = self._jobs.pop(getattr(event, "job", 0), None)
+        if waiting is not None:
+            waiting.set_result(JobResult(False, why))
 
     def _begin(self, command: c.Command) -> None:
         if isinstance(command, c.Forward):
@@ -164,9 +189,7 @@ class Runtime:
             self._jobs.pop(command.job).set_result(JobResult(False, command.reason, command.allowed))
         elif isinstance(command, c.AllStopped):
             self.all_stopped.set()
-        elif isinstance(command, c.Probed):
-            return
-        else:
+        elif not isinstance(command, c.Probed):
             _log_notice(command)
             for watch in self.watchers:
                 watch(command)
@@ -240,10 +263,28 @@ class Runtime:
         Called again, meanwhile, with a shorter timeout, it hurries. Returns when all of them are gone.
         """
         self.post(e.Shutdown(self.clock() + timeout))
-        await self.all_stopped.wait()
+        stopped = asyncio.create_task(self.all_stopped.wait())
+        broke = asyncio.create_task(self.self_check.broke.wait())
+        await asyncio.wait([stopped, broke], return_when=asyncio.FIRST_COMPLETED)
+        broke.cancel()
+        if not stopped.done():
+            # A broken core may never say that all is over.
+            await asyncio.wait([stopped], timeout=timeout + self.config.stop_timeout_secs)
+            await self._stop_engines()
+            self.all_stopped.set()
+        await stopped
         self.self_check.stop()
         if self._timer is not None:
             self._timer.cancel()
+
+    async def _stop_engines(self) -> None:
+        """Past the core."""
+        for operation in self._operations.values():
+            operation.cancel()
+        stops = [engine.stop(self.config.stop_timeout_secs) for engine in self.engines.values()]
+        for failed in await asyncio.gather(*stops, return_exceptions=True):
+            if isinstance(failed, BaseException):
+                log.error("an engine could not be stopped: %s", failed)
 
 
 async def _carry_out(command: c.EngineCommand, engine: Engine) -> e.EngineEvent:
@@ -287,7 +328,7 @@ def _log_notice(notice: c.Notice) -> None:
     elif isinstance(notice, c.SwitchPhaseEnded):
         log.debug("switch %d: %s took %.2f s", notice.switch, notice.phase.value, notice.seconds, extra=extra)
     elif isinstance(notice, c.PolicyFailed):
-        log.error("policy %s failed, fifo decided: %s", notice.policy, notice.problem)
+        return  # It may be with every event: the self-check tells it once a minute.
     elif isinstance(notice, c.ModelGone):
         log.info("%s is gone: it was taken out of the config", notice.model, extra=extra)
     elif notice.cancelled:

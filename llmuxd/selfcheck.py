@@ -18,7 +18,10 @@ from llmuxd.metrics import Metrics
 
 PROBE_SECS = 1.0
 LATE_SECS = 5.0
-"""A probe that is handled later than this says that the loop, or the core, does not keep up."""
+"""With the last answer older than this the scheduler is taken for dead."""
+
+STOOD_STILL_SECS = 1.0
+"""A timer that is so late says that something blocks the event loop."""
 
 TELL_AGAIN_SECS = 60.0
 
@@ -40,6 +43,10 @@ class SelfCheck:
         """When the last probe was; None as long as none is sent."""
         self._stalls: tuple[c.Stall, ...] = ()
         self._broken = ""
+        self.broke = asyncio.Event()
+        """Set once the core broke."""
+        self.late_secs = 0.0
+        """How late the timer of the last probe was."""
         self._told: dict[str, float] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -50,14 +57,27 @@ class SelfCheck:
         for command in commands:
             if isinstance(command, c.Probed):
                 self._answered(command, now)
-        violation = self._auditor.observe(event, commands, now)
+            elif isinstance(command, c.PolicyFailed) and self._tell(f"policy {command.policy}", now):
+                log.error("policy %s failed, fifo decided: %s", command.policy, command.problem)
+        if self._broken:
+            return  # What is known to be broken breaks invariants, too.
+        try:
+            violation = self._auditor.observe(event, commands, now)
+        except Exception:
+            if self._tell("audit", now):
+                log.exception("the audit broke over %r", event)
+            return
         if violation is not None:
             self._violated(violation, now)
 
-    def failed(self, event: e.Event, error: Exception) -> None:
-        """The core broke over an event: nothing that it says can be relied on any more."""
-        self._broken = f"the scheduler broke over {type(event).__name__}: {error!r}"
-        log.critical("%s; restart llmuxd", self._broken, exc_info=error)
+    def failed(self, over: str, error: Exception) -> None:
+        """The core broke over an event, or a command of it could not be begun: what it says is not to be relied on
+        any more."""
+        text = f"the scheduler broke over {over.partition('(')[0]}: {error!r}"
+        self._broken = self._broken or text
+        self.broke.set()
+        if self._tell(f"broke over {over.partition('(')[0]}", self._clock()):
+            log.critical("%s; restart llmuxd. It was %s", text, over, exc_info=error)
 
     # What others ask
 
@@ -74,7 +94,7 @@ class SelfCheck:
         if self._broken:
             return False, self._broken
         late = 0.0 if self._handled is None else self._clock() - self._handled
-        if late > PROBE_SECS + LATE_SECS:
+        if late > LATE_SECS:
             return False, f"the scheduler has not answered for {late:.0f} s"
         return True, "ok"
 
@@ -94,7 +114,15 @@ class SelfCheck:
     async def _probe_for_ever(self) -> None:
         while True:
             self.probe()
+            due = self._clock() + PROBE_SECS
             await asyncio.sleep(PROBE_SECS)
+            self.note_lateness(self._clock() - due)
+
+    def note_lateness(self, seconds: float) -> None:
+        """The timer came so much after its time."""
+        self.late_secs = max(0.0, seconds)
+        if seconds > STOOD_STILL_SECS and self._tell("late", self._clock()):
+            log.warning("the event loop stood still for %.1f s", seconds)
 
     def probe(self) -> None:
         """Send one probe."""
@@ -117,6 +145,12 @@ class SelfCheck:
     def _violated(self, violation: Violation, now: float) -> None:
         name = violation.invariant
         self._metrics.violations.labels(name).inc()
-        if now - self._told.get(name, float("-inf")) >= TELL_AGAIN_SECS:
-            self._told[name] = now
+        if self._tell(name, now):
             log.error("invariant %s does not hold: %s (%s)", name, violation.detail, INVARIANTS[name])
+
+    def _tell(self, what: str, now: float) -> bool:
+        """Whether it is to be logged: not if it was a moment ago."""
+        if now - self._told.get(what, float("-inf")) < TELL_AGAIN_SECS:
+            return False
+        self._told[what] = now
+        return True

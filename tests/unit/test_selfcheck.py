@@ -148,7 +148,7 @@ def test_systemd_is_told_only_while_the_scheduler_is_alive(tmp_path):
         environ = {"WATCHDOG_USEC": "20000000"}
         first = asyncio.create_task(_ping_watchdog(app, well, environ))  # type: ignore[arg-type]
         await asyncio.sleep(0)
-        app.runtime.self_check.failed(e.Tick(), RuntimeError("oh"))
+        app.runtime.self_check.failed("Tick()", RuntimeError("oh"))
         second = asyncio.create_task(_ping_watchdog(app, ill, environ))  # type: ignore[arg-type]
         await asyncio.sleep(0)
         for task in (first, second):
