@@ -18,7 +18,6 @@ from functools import partial
 from llmuxd.config import Config, PolicyConfig
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
-from llmuxd.core.policy import PolicyParameters
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
 from llmuxd.core.state import IllegalEvent, Model
 from llmuxd.core.switcher import Switcher
@@ -68,14 +67,7 @@ def build_switcher(config: Config, now: float) -> Switcher:
         stop_grace=config.stop_timeout_secs,
         max_queue=config.max_queue,
     )
-    parameters = PolicyParameters(
-        coalesce_window=policy.coalesce_window_ms / 1000,
-        amortization_factor=policy.amortization_factor,
-        max_wait=policy.max_wait_secs,
-        tick_interval=policy.tick_interval_ms / 1000,
-        min_quantum=policy.min_quantum_ms / 1000,
-    )
-    return Switcher(models, {DEVICE: 1}, settings, build_policy(policy.policy_type, parameters), now)
+    return Switcher(models, {DEVICE: 1}, settings, build_policy(policy.policy_type, policy.parameters), now)
 
 
 def _in_flight_of(policy: PolicyConfig) -> InFlight:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from llmuxd.config.errors import path_of, shown
 from llmuxd.config.reading import Reading
 from llmuxd.config.schema import nearest
 from llmuxd.config.types import Config, ModelConfig
 from llmuxd.core.eviction import ProcessStrategy
+from llmuxd.core.policy import BuildPolicy
 from llmuxd.core.settings import InFlight
+from llmuxd.policies import PolicyBroken
 from llmuxd.protocol import RUNTIME_DIR_ENV
 
 SOCKET_PATH_BYTES = 107
@@ -34,12 +36,12 @@ OWN_ARGUMENTS = {
 """Arguments of `vllm serve` that llmuxd sets or that would cut it off from its engine, and why each may not be set."""
 
 
-def check(config: Config, reading: Reading, known_policies: Collection[str]) -> None:
-    """Note every problem that one key alone does not show."""
+def check(config: Config, reading: Reading, policies: Mapping[str, BuildPolicy | None]) -> None:
+    """Note every problem that one key alone does not show. `policies` has None for what cannot be tried."""
     _check_names(config, reading)
     _check_ports(config, reading)
     _check_paths(config, reading)
-    _check_policy(config, reading, known_policies)
+    _check_policy(config, reading, policies)
     for model in config.models.values():
         _check_arguments(model, reading)
 
@@ -85,12 +87,20 @@ def _length(path: os.PathLike[str]) -> int:
     return len(os.fsencode(path))
 
 
-def _check_policy(config: Config, reading: Reading, known: Collection[str]) -> None:
+def _check_policy(config: Config, reading: Reading, known: Mapping[str, BuildPolicy | None]) -> None:
     drains = config.policy.in_flight is InFlight.DRAIN and reading.given("policy.in_flight")
     if drains and not config.policy.drain_before_switch:
         reading.wrong("policy.in_flight", "found 'drain', which contradicts policy.drain_before_switch = false")
     name = config.policy.policy_type
-    if name in known or not reading.given("policy.policy_type"):
+    if not reading.given("policy.policy_type") or reading.failed("policy.policy_type"):
+        return
+    if name in known:
+        build = known[name]
+        try:
+            if build is not None:
+                build(config.policy.parameters)
+        except PolicyBroken as broken:
+            reading.wrong("policy.policy_type", f"found {shown(name)}: {broken}")
         return
     meant = nearest(name, known)
     hint = f" (did you mean {meant!r}?)" if meant else ""

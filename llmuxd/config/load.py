@@ -27,7 +27,7 @@ from llmuxd.config.types import (
     ObjectStoreConfig,
     PolicyConfig,
 )
-from llmuxd.policies import policy_names
+from llmuxd.policies import find_policies
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -165,7 +165,7 @@ def _build(reading: Reading, environ: Mapping[str, str] | None, known_policies: 
         models[name] = ModelConfig(name, **values)
     top.setdefault("control_socket", runtime_dir / protocol.CONTROL_SOCKET_NAME)
     config = Config(runtime_dir=runtime_dir, state_dir=state_dir, models=models, policy=policy, **top)
-    checks.check(config, reading, policy_names() if known_policies is None else known_policies)
+    checks.check(config, reading, find_policies() if known_policies is None else dict.fromkeys(known_policies))
     if reading.problems:
         raise ConfigError(reading.problems)
     said = checks.warnings(config, reading)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.core.policies import DEFAULT_POLICY
+from llmuxd.core.policy import PolicyParameters
 from llmuxd.core.settings import InFlight
 
 POLICIES_OF_0_7 = ("fifo", "cost_aware", "time_slice")
@@ -52,6 +53,17 @@ class PolicyConfig:
     max_wait_secs: float = 15.0
     tick_interval_ms: int = 500
     min_quantum_ms: int = 2000
+
+    @property
+    def parameters(self) -> PolicyParameters:
+        """What the policy is built with."""
+        return PolicyParameters(
+            coalesce_window=self.coalesce_window_ms / 1000,
+            amortization_factor=self.amortization_factor,
+            max_wait=self.max_wait_secs,
+            tick_interval=self.tick_interval_ms / 1000,
+            min_quantum=self.min_quantum_ms / 1000,
+        )
 
 
 @dataclass(frozen=True, slots=True)
