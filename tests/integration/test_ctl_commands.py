@@ -67,7 +67,7 @@ def test_status_for_a_human(ctl: Ctl, stack: Served) -> None:
     said = ctl("status")
     assert (said.code, said.err) == (0, "")
     lines = said.out.splitlines()
-    assert lines[0] == f"llmuxd {__version__}: active:qwen (mode auto, policy fifo, up 1 h 2 m)"
+    assert lines[0] == f"llmuxd {__version__}: active:qwen (mode auto, policy tenure, up 1 h 2 m)"
     assert [line.split()[:2] for line in lines[5:]] == [
         ["qwen", "awake"],
         ["mistral", "not_started"],

@@ -22,7 +22,7 @@ def test_200_requests_to_four_models_are_each_answered_once_by_the_right_one(dae
         "b",
         "c",
         "d",
-        policy={"min_active_secs": 0.05},
+        policy={"policy_type": "fifo", "min_active_secs": 0.05},
         b={"eviction": "discard+keep_running"},
         c={"eviction": "retain+stop"},
     ).start()
@@ -83,7 +83,8 @@ def test_a_stream_is_read_to_its_end_across_a_switch(daemon):
 
 
 def test_without_drain_a_stream_pauses_and_goes_on(daemon):
-    stack = daemon(policy={"drain_before_switch": False, "min_active_secs": 0.3}, a=SLOW_TOKENS, b=SLOW_TOKENS).start()
+    policy = {"policy_type": "fifo", "drain_before_switch": False, "min_active_secs": 0.3}
+    stack = daemon(policy=policy, a=SLOW_TOKENS, b=SLOW_TOKENS).start()
     undisturbed = [e for e in stack.stream("a", tokens=100).events() if e != "[DONE]"]
     stream = stack.stream("a", tokens=100)
     events = stream.events()
