@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS, longest_waiting, passed_over_secs
+from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS, bound_of, longest_waiting, passed_over_secs
 from llmuxd.core.state import IN_TRANSITION, Model
-from llmuxd.core.views import oldest_demand, typical_switch_secs
+from llmuxd.core.views import oldest_demand
 
 if TYPE_CHECKING:
     from llmuxd.core.switcher import Switcher
@@ -122,7 +122,7 @@ class Auditor:
                 self._broken("failures", f"{target} is tried again, {other.name} has waited since before it failed")
             if model.failures or own is None or since >= own - _EPSILON:
                 continue
-            bound = policy.bound(typical_switch_secs(self._state))
+            bound = bound_of(policy, self._state)
             if bound is not None and self._now - since > bound + _EPSILON:
                 self._broken("staleness", f"{target} is next, {other.name} has waited {self._now - since:.3f} s")
 

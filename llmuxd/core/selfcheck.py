@@ -53,6 +53,14 @@ def _why(state: State, policy: Policy, model: Model, waiting: float, now: float)
     return ""
 
 
+def bound_of(policy: Policy, state: State) -> float | None:
+    """The policy's staleness bound in seconds. A third party's that breaks has promised nothing."""
+    try:
+        return policy.bound(typical_switch_secs(state))
+    except Exception:
+        return None
+
+
 def longest_waiting(state: State, now: float) -> Model | None:
     """The model whose demand is the oldest, of those that could be loaded. Only it can be passed over."""
     waiting = [m for m in state.models.values() if oldest_demand(m) is not None and m.loadable(now) and not m.failures]
@@ -62,7 +70,7 @@ def longest_waiting(state: State, now: float) -> Model | None:
 def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> float:
     """For how long the model has been overdue although nothing new has come into its way; negative if it is not."""
     since = oldest_demand(model)
-    bound = policy.bound(typical_switch_secs(state))
+    bound = bound_of(policy, state)
     if since is None or bound is None or now - since <= bound:
         return float("-inf")
     overdue_at = since + bound

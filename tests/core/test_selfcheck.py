@@ -174,3 +174,16 @@ class TestAStallIsFoundWhere:
         assert reasons(play, 200) == {"b": "policy lazy passes it over"}, "c waits for b"
         play.ask(10, 4, "a")
         assert reasons(play, 200) == {}, "and b for what came to a before it was overdue"
+
+
+class Unbound(Lazy):
+    """Its promise cannot be asked for."""
+
+    def bound(self, typical_switch_secs: float) -> float | None:
+        raise RuntimeError("oh")
+
+
+def test_a_policy_whose_bound_breaks_has_promised_nothing():
+    play = Play(policy=Unbound())
+    assert play.ask(0, 1, "b") == []
+    assert play.at(99, e.Probe(1)) == ["probe 1 well"]
