@@ -39,21 +39,32 @@ class Failed(click.ClickException):
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=ANSWER_SECS)
+    def __init__(self, path: str, patience: float) -> None:
+        super().__init__("localhost", timeout=patience)
         self._path = path
+        self._patience = patience
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(ANSWER_SECS)
+        self.sock.settimeout(self._patience)
         self.sock.connect(self._path)
 
 
 class Client:
-    """Calls to one daemon. Every method raises Failed."""
+    """Calls to one daemon. Every method raises Failed.
 
-    def __init__(self, path: str) -> None:
+    `patience` is in seconds, `ANSWER_SECS` by default. A quiet one does not warn of another version.
+    """
+
+    def __init__(self, path: str, patience: float | None = None, quiet: bool = False) -> None:
         self._path = path
+        self._patience = ANSWER_SECS if patience is None else patience
+        self._quiet = quiet
+
+    @property
+    def path(self) -> str:
+        """The socket."""
+        return self._path
 
     def get(self, call: str) -> Any:
         """The JSON that a GET answers."""
@@ -91,12 +102,13 @@ class Client:
         endless: bool = False,
     ) -> Iterator[http.client.HTTPResponse]:
         """The answer to a call, if it is a good one. In the block, an answer that breaks off raises Failed."""
-        connection = _UnixConnection(self._path)
+        connection = _UnixConnection(self._path, self._patience)
         try:
             answer = self._ask(connection, method, call, body, headers or {})
             if endless and connection.sock is not None:
                 connection.sock.settimeout(None)
-            _warn_of_other_version(answer)
+            if not self._quiet:
+                _warn_of_other_version(answer)
             try:
                 if answer.status >= 400:
                     raise _refusal(answer.status, answer.read())
@@ -126,7 +138,7 @@ class Client:
         except ConnectionRefusedError:
             reason = f"llmuxd is not running: nobody answers on {self._path}."
         except (TimeoutError, BlockingIOError):
-            text = f"llmuxd has {self._path}, but has not answered for {ANSWER_SECS:.0f} s. Its log may say why."
+            text = f"llmuxd has {self._path}, but has not answered for {self._patience:g} s. Its log may say why."
             raise Failed(Exit.UNREACHABLE, text) from None
         except (OSError, http.client.HTTPException) as error:
             reason = f"llmuxd cannot be reached on {self._path}: {error or type(error).__name__}."

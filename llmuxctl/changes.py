@@ -1,0 +1,68 @@
+"""How changes of the configuration are shown: what was, what will be, and when.
+
+A change is what the daemon says of it: `path`, `change` (added, removed, changed), `old`, `new` and `effect`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from llmuxctl.output import clean
+
+_WHEN = {
+    "now": "at once",
+    "when idle": "when its engine is idle",
+    "restart": "only with a restart of llmuxd",
+}
+
+
+def one_line(change: dict[str, Any] | str) -> str:
+    """A change as a line: `models.qwen.ttl_secs: 60 -> 90 (at once)`."""
+    if isinstance(change, str):
+        return clean(change)
+    kind = change.get("change")
+    if kind == "added":
+        what = f"added, {_value(change.get('new'))}"
+    elif kind == "removed":
+        what = f"removed, was {_value(change.get('old'))}"
+    else:
+        what = f"{_value(change.get('old'))} -> {_value(change.get('new'))}"
+    return clean(f"{change['path']}: {what} ({_when(change)})")
+
+
+def show_changes(file: str, changes: Sequence[dict[str, Any]]) -> None:
+    """Print what a reload of `file` would change, like a diff; in colours on a terminal."""
+    if not changes:
+        print(f"{clean(file)}: no changes")
+        return
+    print(f"{clean(file)}: a reload would make {_count(len(changes), 'change')}")
+    for change in changes:
+        print(f"\n{_styled(clean(change['path']), bold=True)}  ({_when(change)})")
+        if change.get("change") != "added":
+            print(_styled(f"  - {clean(_value(change.get('old')))}", fg="red"))
+        if change.get("change") != "removed":
+            print(_styled(f"  + {clean(_value(change.get('new')))}", fg="green"))
+
+
+def _when(change: dict[str, Any]) -> str:
+    effect = str(change.get("effect", ""))
+    return _WHEN.get(effect, effect)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _value(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _styled(text: str, **style: Any) -> str:
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else click.style(text, **style)
