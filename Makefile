@@ -8,7 +8,7 @@ CACHE := $(or $(LLMUX_TEST_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llmux-t
 
 SEEDS ?= 0:10000
 
-.PHONY: help demo demo-stop test lint sim bench-policies test-floor test-vllm clean
+.PHONY: help demo demo-stop test lint sim bench-policies test-floor test-vllm deb clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ test-vllm: $(STAMP) ## the tests over real vLLM engines (CPU build; downloads ab
 	@sh tests/real/setup-vllm.sh "$(CACHE)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[real]'
 	@LLMUX_TEST_CACHE="$(CACHE)" $(BIN)/python -m pytest tests/real
+
+deb: ## the Debian package, into dist/
+	@sh packaging/deb/build
 
 clean: ## remove what the targets made in this folder
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
