@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from llmuxctl.commands import config, doing, seeing
+from llmuxctl.commands import config, doctor, doing, seeing
 from llmuxctl.session import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Session
 from llmuxd.protocol import CONTROL_SOCKET_ENV, default_control_socket
 from llmuxd.version import __version__
@@ -77,6 +77,7 @@ for _command in (
     doing.eviction,
     doing.reload,
     config.config,
+    doctor.doctor,
 ):
     group.add_command(_command)
 
