@@ -15,6 +15,7 @@ from llmuxd.version import __version__
 
 _LISTENING = "0A"
 _ADDRESS = re.compile(r"([0-9A-F]{8}|[0-9A-F]{32}):[0-9A-F]{4}")
+_UNREADABLE = "cannot be read: Permission denied"
 _STREAM = re.compile(r"(\S+):(\d+) \(Stream\)")
 _DEFAULT = ("127.0.0.1", 3000)
 _RESTART = "Restart it, which keeps the engines: systemctl restart llmuxd"
@@ -22,6 +23,8 @@ _RESTART = "Restart it, which keeps the engines: systemctl restart llmuxd"
 
 def config(there: Situation) -> Finding:
     """All that is wrong with the file."""
+    if any(_UNREADABLE in problem for problem in there.problems):
+        return skipped(f"{name_of(there.box.uid)} may not read {there.config_path}", "As root, doctor sees it.")
     if there.config is None:
         return fail(f"{len(there.problems)} problems in {there.config_path}", "\n".join(there.problems))
     if there.problems:

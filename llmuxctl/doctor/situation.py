@@ -98,7 +98,7 @@ def _config(path: Path) -> tuple[Config | None, tuple[str, ...]]:
         return load_config(path), ()
     except ConfigError as error:
         # Without a file there is still the rest of the box to look at.
-        return (None if path.exists() else parse_config({})), tuple(str(error).splitlines())
+        return (None if os.path.lexists(path) else parse_config({})), tuple(str(error).splitlines())
 
 
 def _ask(socket: str) -> tuple[dict[str, Any] | None, Failed | None]:

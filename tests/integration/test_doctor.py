@@ -335,6 +335,8 @@ def test_config(made: Made) -> None:
     _is(service.config(made.there(problems=("it is not there",))), Status.FAIL, "no /etc/llmux/llmux.toml")
     bad = replace(made.there(), config=None, problems=("one", "two"))
     _is(service.config(bad), Status.FAIL, "2 problems", "one\ntwo")
+    closed = replace(bad, problems=("/etc/llmux/llmux.toml: cannot be read: Permission denied",))
+    _is(service.config(closed), Status.SKIPPED, "may not read", "As root")
 
 
 @pytest.mark.parametrize(
