@@ -8,7 +8,7 @@ CACHE := $(or $(LLMUX_TEST_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llmux-t
 
 SEEDS ?= 0:10000
 
-.PHONY: help demo demo-stop test lint sim bench-policies test-floor test-vllm deb clean
+.PHONY: help demo demo-stop test lint sim bench-policies test-floor test-vllm deb test-deb clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,10 @@ test-vllm: $(STAMP) ## the tests over real vLLM engines (CPU build; downloads ab
 
 deb: ## the Debian package, into dist/
 	@sh packaging/deb/build
+
+test-deb: $(STAMP) ## the package on Debian 12 and 13 with a real systemd (as root; downloads 0.5 GB once)
+	@sh tests/deb/setup.sh "$(CACHE)" bookworm trixie
+	@LLMUX_TEST_CACHE="$(CACHE)" $(BIN)/python -m pytest tests/deb
 
 clean: ## remove what the targets made in this folder
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
