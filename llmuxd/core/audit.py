@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS, bound_of, longest_waiting, passed_over_secs
+from llmuxd.core.selfcheck import LATE_SECS, MAX_TURN_SECS, bound_of, is_held_up, longest_waiting, passed_over_secs
 from llmuxd.core.state import IN_TRANSITION, Model
 from llmuxd.core.views import oldest_demand
 
@@ -28,6 +28,7 @@ INVARIANTS: Mapping[str, str] = {
     "deadlines": "No engine is in a transition without a deadline, or beyond it.",
     "staleness": "A request beyond the policy's staleness bound waits only for the turn or switch under way, its own "
     "switch, and those of requests that have waited longer.",
+    "forwards": "No request waits for a model that is awake and can take it.",
     "failures": "A model that failed is not tried again before those that have waited since before it failed: it "
     "delays the others by one switch at most.",
     "manual": "In manual mode nothing is switched but by an operator's word and to the pinned model.",
@@ -140,6 +141,8 @@ class Auditor:
         for model in state.models.values():
             queued += len(model.queue)
             in_flight += len(model.in_flight)
+            if is_held_up(state, model, self._now):
+                self._broken("forwards", f"{len(model.queue)} wait for {model.name}, which is awake")
             if model.state in IN_TRANSITION:
                 if model.deadline is None:
                     self._broken("deadlines", f"{model.name} is {model.state.value} without one")
@@ -154,7 +157,7 @@ class Auditor:
     def _check_rest(self) -> None:
         """While nothing is switched, nobody may be waiting beyond the bound whose turn has come."""
         state, policy = self._state, self._switcher.policy
-        if state.switch is not None or state.mode.manual or state.shutdown_deadline is not None:
+        if state.switch is not None or state.mode.manual or state.ending:
             return
         if state.jobs:
             return

@@ -198,7 +198,12 @@ class AllStopped:
     """The shutdown is complete: no request and no engine is left."""
 
 
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """No request is left, and no engine is about to be something else than it is, but for those that start."""
+
+
 RequestCommand = Forward | Refuse | Abort
 EngineCommand = StartEngine | SleepEngine | WakeEngine | StopEngine
 Notice = EngineChanged | SwitchBegan | SwitchPhaseEnded | SwitchEnded | PolicyFailed | ModelGone
-Command = RequestCommand | EngineCommand | JobDone | JobFailed | Notice | Probed | AllStopped
+Command = RequestCommand | EngineCommand | JobDone | JobFailed | Notice | Probed | AllStopped | HandedOver

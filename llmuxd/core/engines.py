@@ -103,7 +103,7 @@ class Engines:
         if event.model not in state.models:
             raise IllegalEvent(f"no model {event.model!r}")
         model = state.models[event.model]
-        to = S.AWAKE if event.asleep_by is None else S.ASLEEP
+        to = S.STARTING if event.starting else S.AWAKE if event.asleep_by is None else S.ASLEEP
         model.check(e.EngineAdopted, to)
         model.asleep_by = event.asleep_by
         if not state.has_room(model, to):
@@ -113,8 +113,9 @@ class Engines:
         model.placement = model.spec.placement
         state.last_op = max(state.last_op, event.incarnation)
         model.can_park, model.can_sleep = event.can_park, event.can_sleep
+        model.outdated = event.outdated
         model.idle_since = now
-        self._enter(model, e.EngineAdopted, to, now)
+        self._enter(model, e.EngineAdopted, to, now, model.spec.start_timeout if event.starting else None)
 
     def died(self, event: e.EngineDied, now: float) -> bool:
         """A process ended unasked: what is left of the engine is stopped."""

@@ -88,9 +88,10 @@ class EngineStopped:
 
 @dataclass(frozen=True, slots=True)
 class EngineAdopted:
-    """An engine that an earlier daemon started was found alive, answering, and with nothing in flight.
+    """An engine that an earlier daemon started was found alive, and with nothing in flight.
 
-    `incarnation` is the one that it was started with; it is asleep by `asleep_by`, or awake if that is None.
+    `incarnation` is the one that it was started with. It is asleep by `asleep_by`, or awake if that is None; or
+    `starting`, and then its `EngineStarted` is still to come, with the incarnation for its `op`.
     """
 
     model: str
@@ -98,6 +99,9 @@ class EngineAdopted:
     asleep_by: EvictionPolicy | None = None
     can_park: bool = True
     can_sleep: bool = True
+    starting: bool = False
+    outdated: bool = False
+    """It was started from another config than today's: it is stopped when it is next idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +185,14 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """This daemon makes way for the next one. The requests there are go on until `deadline` (clock time); then what is
+    left of them is ended, and the engines are left as they are."""
+
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
 class Reload:
     """A new config. A model that is not in `models` any more serves what it accepted, and goes.
 
@@ -208,7 +220,6 @@ class Probe:
 
 RequestEvent = RequestArrived | RequestFinished | RequestBounced | ClientLeft
 EngineEvent = EngineStarted | EngineSlept | EngineWoke | EngineStopped | EngineAdopted | OperationFailed | EngineDied
-OperatorEvent = (
-    OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Reload | Shutdown
-)
-Event = RequestEvent | EngineEvent | OperatorEvent | Tick | Probe
+OperatorEvent = OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Reload
+EndingEvent = HandOver | Shutdown
+Event = RequestEvent | EngineEvent | OperatorEvent | EndingEvent | Tick | Probe

@@ -1,4 +1,4 @@
-"""What an operator may ask for: jobs, mode, pin, eviction, shutdown.
+"""What an operator may ask for: jobs, mode, pin, eviction, reload.
 
 A job that needs a switch waits in line for the switcher like everything else, in front of the policy's wishes, so
 an operator's wake can no more overfill a device than a request can.
@@ -18,7 +18,7 @@ from llmuxd.core.switching import Switching
 
 
 class Operator:
-    """Carries out the operator's events. Writes `State.mode`, `jobs` and the shutdown."""
+    """Carries out the operator's events. Writes `State.mode` and `jobs`."""
 
     def __init__(self, state: State, engines: Engines, requests: Requests, switching: Switching) -> None:
         self._state = state
@@ -29,9 +29,6 @@ class Operator:
     def dispatch(self, event: e.OperatorEvent, now: float) -> None:
         """Take one event. Raises IllegalEvent for a model that does not exist."""
         state = self._state
-        if isinstance(event, e.Shutdown):
-            self._shut_down(event, now)
-            return
         if isinstance(event, e.Reload):
             self._reload(event, now)
             return
@@ -46,8 +43,8 @@ class Operator:
         model = state.models[event.model]
         if isinstance(event, e.SetEviction):
             model.eviction = event.eviction
-        elif state.shutdown_deadline is not None:
-            state.out.append(c.JobFailed(event.job, "llmuxd is shutting down"))
+        elif state.ending:
+            state.out.append(c.JobFailed(event.job, state.ending))
         elif model.retired:
             state.out.append(c.JobFailed(event.job, f"{model.name} was taken out of the config"))
         elif isinstance(event, e.OperatorSleep):
@@ -124,31 +121,3 @@ class Operator:
                 self._engines.stop(model, now, reason)
             self._switching.give_up(model, reason, now)
         state.jobs.append(job)
-
-    # Shutdown
-
-    def _shut_down(self, event: e.Shutdown, now: float) -> None:
-        state = self._state
-        before = state.shutdown_deadline
-        first = before is None
-        state.shutdown_deadline = event.deadline if before is None else min(event.deadline, before)
-        self._requests.refuse_objectionable(now)
-        if first:
-            self._switching.abandon("llmuxd is shutting down", now)
-
-    def wind_down(self, now: float) -> None:
-        """Stop each engine that has nothing more to finish, or no more time to."""
-        state = self._state
-        assert state.shutdown_deadline is not None
-        late = now >= state.shutdown_deadline
-        for model in state.models.values():
-            if model.state in WITHOUT_PROCESS or model.state is S.STOPPING:
-                continue
-            if model.state is S.AWAKE and model.in_flight and not late:
-                continue
-            self._requests.abort_in_flight(model, c.Refusal.SHUTTING_DOWN, "llmuxd is shutting down")
-            self._engines.stop(model, now, "shutting down")
-        gone = all(m.state in WITHOUT_PROCESS and not m.in_flight for m in state.models.values())
-        if gone and not state.all_stopped:
-            state.all_stopped = True
-            state.out.append(c.AllStopped())

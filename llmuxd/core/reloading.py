@@ -34,8 +34,7 @@ def reload(state: State, event: e.Reload, now: float) -> frozenset[str]:
             # Otherwise the operator's word, if there was one, stays in force.
             model.eviction = spec.eviction
         model.spec = spec
-        if name in event.changed and model.state not in WITHOUT_PROCESS:
-            model.outdated = True
+        model.outdated = name in event.changed and model.state not in WITHOUT_PROCESS
     if state.mode.pinned in retired:
         state.mode = SwitchMode(manual=True)
     return retired
@@ -43,6 +42,8 @@ def reload(state: State, event: e.Reload, now: float) -> frozenset[str]:
 
 def sweep(state: State, engines: Engines, now: float) -> None:
     """Stop the engines that are to go and are idle; forget the retired models that are gone."""
+    if state.closed:
+        return  # The next daemon's config will say.
     for model in list(state.models.values()):
         if (model.retired or model.outdated) and _is_idle(state, model):
             engines.stop(model, now, "it is not in the config any more" if model.retired else "its config has changed")

@@ -165,8 +165,8 @@ class Requests:
     def _objection(self, model: Model, now: float) -> tuple[c.Refusal, str, float | None] | None:
         """Why no request for `model` is accepted now, and after how many seconds one may be; else None."""
         state = self._state
-        if state.shutdown_deadline is not None:
-            return c.Refusal.SHUTTING_DOWN, "llmuxd is shutting down", RETRY_AFTER_QUEUE_SECS
+        if state.shutdown_deadline is not None or state.closed:
+            return c.Refusal.SHUTTING_DOWN, state.ending, RETRY_AFTER_QUEUE_SECS
         if model.blocked(now):
             message = f"{model.name} cannot be loaded: {model.last_error}"
             return c.Refusal.CANNOT_LOAD, message, max(model.retry_at - now, RETRY_AFTER_QUEUE_SECS)

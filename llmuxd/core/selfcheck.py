@@ -37,20 +37,26 @@ def find_stalls(state: State, policy: Policy, next_deadline: float | None, now: 
 def _why(state: State, policy: Policy, model: Model, waiting: float, now: float) -> str:
     switch = state.switch
     if model.state is S.AWAKE:
-        full = model.spec.max_in_flight is not None and len(model.in_flight) >= model.spec.max_in_flight
-        gated = switch is not None and switch.gates(model.name)
-        return "" if full or gated or model.suspect_until > now else "it is awake, and nothing is forwarded"
+        return "it is awake, and nothing is forwarded" if is_held_up(state, model, now) else ""
     if model.state in IN_TRANSITION:
         assert model.deadline is not None
         return "" if now - model.deadline <= LATE_SECS else f"it has been {model.state.value} for too long"
     if switch is not None:
         return _why_switch(state, now)
-    if state.mode.manual or state.jobs or state.shutdown_deadline is not None or not model.loadable(now):
+    if state.mode.manual or state.jobs or state.ending or not model.loadable(now):
         return ""
     longest = longest_waiting(state, now)
     if model is longest and passed_over_secs(state, policy, model, now) > MAX_TURN_SECS:
         return f"policy {policy.name} passes it over"
     return ""
+
+
+def is_held_up(state: State, model: Model, now: float) -> bool:
+    """Whether requests wait for a model that is awake and could take them."""
+    if not model.queue or model.state is not S.AWAKE or model.suspect_until > now:
+        return False
+    full = model.spec.max_in_flight is not None and len(model.in_flight) >= model.spec.max_in_flight
+    return not full and (state.switch is None or not state.switch.gates(model.name))
 
 
 def bound_of(policy: Policy, state: State) -> float | None:

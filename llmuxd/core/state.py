@@ -27,7 +27,7 @@ class IllegalEvent(Exception):
 
 
 TRANSITIONS: Mapping[S, Mapping[type[Any], tuple[S, ...]]] = {
-    S.NOT_STARTED: {c.StartEngine: (S.STARTING,), e.EngineAdopted: (S.AWAKE, S.ASLEEP)},
+    S.NOT_STARTED: {c.StartEngine: (S.STARTING,), e.EngineAdopted: (S.STARTING, S.AWAKE, S.ASLEEP)},
     S.STARTING: {e.EngineStarted: (S.AWAKE,), c.StopEngine: (S.STOPPING,)},
     S.AWAKE: {c.SleepEngine: (S.FALLING_ASLEEP,), c.StopEngine: (S.STOPPING,)},
     S.FALLING_ASLEEP: {e.EngineSlept: (S.ASLEEP,), c.StopEngine: (S.STOPPING,)},
@@ -211,6 +211,10 @@ class State:
     mode: SwitchMode = SwitchMode()
     shutdown_deadline: float | None = None
     all_stopped: bool = False
+    handover_deadline: float | None = None
+    closed: bool = False
+    """The handover has come to its end: nothing is accepted and nothing is begun any more."""
+    handed_over: bool = False
     last_op: int = 0
     last_switch: int = 0
     ask_policy_at: float | None = None
@@ -218,6 +222,13 @@ class State:
     arrived: str | None = None
     """The model that the request was for, while its arrival is being handled."""
     out: list[c.Command] = field(default_factory=list)
+
+    @property
+    def ending(self) -> str:
+        """What is said to those who want something of a daemon that is about to end; empty if it is not."""
+        if self.shutdown_deadline is not None:
+            return "llmuxd is shutting down"
+        return "" if self.handover_deadline is None else "llmuxd is being restarted"
 
     def next_op(self) -> int:
         self.last_op += 1

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
+from llmuxd.core.ending import Ending
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
 from llmuxd.core.operator import Operator
@@ -38,8 +39,9 @@ class Switcher:
         settings: Settings,
         policy: Policy,
         now: float,
+        mode: SwitchMode | None = None,
     ) -> None:
-        self.state = State(settings, dict(devices), {})
+        self.state = State(settings, dict(devices), {}, mode=mode or SwitchMode())
         for spec in models:
             check_placement(spec, devices)
             self.state.models[spec.name] = Model(spec, spec.eviction, since=now)
@@ -47,6 +49,7 @@ class Switcher:
         self._requests = Requests(self.state, self._engines)
         self._switching = Switching(self.state, self._engines, self._requests, policy)
         self._operator = Operator(self.state, self._engines, self._requests, self._switching)
+        self._ending = Ending(self.state, self._engines, self._requests, self._switching)
 
     @property
     def policy(self) -> Policy:
@@ -62,10 +65,7 @@ class Switcher:
         if isinstance(event, e.Probe):
             return self._flush()
         sweep(self.state, self._engines, now)
-        if self.state.shutdown_deadline is None:
-            self._switching.advance(now)
-        else:
-            self._operator.wind_down(now)
+        self._ending.step(now)
         # What a switch that has just ended still needed may go now.
         sweep(self.state, self._engines, now)
         return self._flush()
@@ -80,6 +80,8 @@ class Switcher:
         """When a `Tick` is due if nothing else happens; None if never."""
         state = self.state
         due = [self._requests.next_timeout(), state.ask_policy_at]
+        if not state.closed and state.shutdown_deadline is None:
+            due.append(state.handover_deadline)
         if state.switch is not None and state.switch.phase is c.Phase.COOLDOWN:
             due.append(self._switching.cooled_at(state.switch))
         if state.switch is not None and state.switch.phase is c.Phase.DRAIN:
@@ -90,7 +92,7 @@ class Switcher:
                 due.append(model.suspect_until or None)
             elif model.in_flight and model.state is S.AWAKE:
                 due.append(state.shutdown_deadline)
-            elif state.switch is None and not state.mode.manual:
+            elif state.switch is None and not state.mode.manual and not state.ending:
                 due.append(self._switching.idle_until(model))
         return min((at for at in due if at is not None and at != float("inf")), default=None)
 
@@ -104,7 +106,8 @@ class Switcher:
         elif isinstance(event, e.ClientLeft):
             self._requests.pump(self._requests.left(event, now), now)
         elif isinstance(event, e.EngineStarted):
-            self._engines.started(event, now)
+            if self._engines.started(event, now):
+                self._serve_without_switch(event.model, now)
         elif isinstance(event, e.EngineSlept):
             self._engines.slept(event, now)
         elif isinstance(event, e.EngineWoke):
@@ -113,6 +116,7 @@ class Switcher:
             self._engines.stopped(event, now)
         elif isinstance(event, e.EngineAdopted):
             self._engines.adopted(event, now)
+            self._serve_without_switch(event.model, now)
         elif isinstance(event, e.OperationFailed):
             self._operation_failed(event, now)
         elif isinstance(event, e.EngineDied):
@@ -122,8 +126,16 @@ class Switcher:
             self._tick(now)
         elif isinstance(event, e.Probe):
             self.state.out.append(c.Probed(event.probe, find_stalls(self.state, self.policy, self.next_deadline, now)))
+        elif isinstance(event, (e.Shutdown, e.HandOver)):
+            self._ending.begin(event, now)
         else:
             self._operator.dispatch(event, now)
+
+    def _serve_without_switch(self, name: str, now: float) -> None:
+        """Forward what waits for an engine that has come up by itself: the end of a switch does so for its target."""
+        switch = self.state.switch
+        if switch is None or switch.target != name:
+            self._requests.pump(self.state.models[name], now)
 
     def _operation_failed(self, event: e.OperationFailed, now: float) -> None:
         model = self._engines.current(event)

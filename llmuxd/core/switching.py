@@ -191,9 +191,13 @@ class Switching:
         state.ask_policy_at = None
         if state.switch is not None:
             self._end(state.switch, now, error=reason, cancelled=True)
-        for job in state.jobs:
+        self.fail_jobs(reason)
+
+    def fail_jobs(self, reason: str) -> None:
+        """Fail what operators wait for and what has not begun."""
+        for job in self._state.jobs:
             self._end_job(job, reason)
-        state.jobs.clear()
+        self._state.jobs.clear()
 
     # 2. The next switch
 
@@ -274,6 +278,10 @@ class Switching:
         if target is not None:
             victims = make_room(state, state.models[target])
             if not state.fits(state.models[target], victims | stopping_of(state)):
+                if any(m.state in IN_TRANSITION for m in state.models.values()):
+                    # One that was adopted while it starts cannot be made to go before it is awake.
+                    state.jobs[:0] = [job] if job is not None else []
+                    return False
                 # Only what is pinned is never made to go, and only an operator asks for something beside it.
                 if job is not None:
                     self._end_job(job, f"{state.mode.pinned} is pinned, and there is no room beside it")

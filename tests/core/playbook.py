@@ -17,7 +17,7 @@ from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.core.policies import Fifo
 from llmuxd.core.policy import Policy
 from llmuxd.core.settings import ModelSpec, Placement, Settings
-from llmuxd.core.state import IN_TRANSITION
+from llmuxd.core.state import IN_TRANSITION, SwitchMode
 from llmuxd.core.switcher import Switcher
 
 OFFLOAD = EvictionPolicy.parse("offload+keep_running")
@@ -72,10 +72,11 @@ class Play:
         *specs: ModelSpec,
         policy: Policy | None = None,
         devices: dict[str, int] | None = None,
+        mode: SwitchMode | None = None,
         **changes: object,
     ) -> None:
         models = specs or (spec("a"), spec("b"), spec("c"))
-        self.switcher = Switcher(models, devices or {"gpu": 1}, settings(**changes), policy or Fifo(), 0.0)
+        self.switcher = Switcher(models, devices or {"gpu": 1}, settings(**changes), policy or Fifo(), 0.0, mode)
         self.auditor = Auditor(self.switcher)
         self.commands: list[c.Command] = []
         self.now = 0.0

@@ -8,7 +8,7 @@ from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.settings import Placement
-from llmuxd.core.state import IllegalEvent
+from llmuxd.core.state import IllegalEvent, SwitchMode
 from tests.core.playbook import DISCARD, OFFLOAD, RETAIN, Play, spec
 
 
@@ -83,3 +83,54 @@ def test_without_room_or_beside_another_one_it_is_not_adopted_and_nothing_has_ch
         play.switcher.handle(event, 1)
     assert repr(play.state) == before
     assert play.at(1, e.EngineAdopted("c", 43, OFFLOAD)) == [], "asleep it takes less"
+
+
+class TestOneThatStarts:
+    def test_serves_when_it_is_up(self):
+        play = Play()
+        assert play.at(0, e.EngineAdopted("a", 41, starting=True)) == []
+        assert play.notices() == [c.EngineChanged("a", S.NOT_STARTED, S.STARTING, 0.0)]
+        assert play.ask(1, 1, "a") == []
+        assert play.at(2, e.EngineStarted("a", 41)) == ["forward 1"]
+
+    def test_is_given_up_after_its_time(self):
+        play = Play(spec("a", start_timeout=60.0))
+        play.at(0, e.EngineAdopted("a", 41, starting=True))
+        assert play.switcher.next_deadline == 70.0
+        assert play.tick(70.0) == ["stop a"]
+
+    def test_may_fail(self):
+        play = Play()
+        play.at(0, e.EngineAdopted("a", 41, starting=True))
+        play.ask(1, 1, "a")
+        assert play.at(2, e.OperationFailed("a", 41, e.FailureKind.DIED, "boom")) == [
+            "stop a",
+            "refuse 1 model_unavailable",
+        ]
+
+    def test_is_waited_for_by_those_who_need_its_room(self):
+        play = Play()
+        play.at(0, e.EngineAdopted("a", 41, starting=True))
+        assert play.ask(1, 1, "b") == []
+        assert play.at(2, e.OperatorSwitch(7, "c")) == [], "not refused: it may be had soon"
+        assert play.at(3, e.EngineStarted("a", 41)) == ["sleep a offload+keep_running wait"]
+        assert play.done(4, "a") == ["start c"]
+
+    def test_a_switch_to_it_waits_for_it(self):
+        play = Play()
+        play.at(0, e.EngineAdopted("a", 41, starting=True))
+        play.at(1, e.OperatorSwitch(7, "a"))
+        assert play.at(2, e.EngineStarted("a", 41)) == ["job 7 done"]
+
+
+def test_one_from_another_config_is_stopped_when_it_is_idle():
+    play = Play()
+    assert play.at(0, e.EngineAdopted("a", 41, OFFLOAD, outdated=True)) == ["stop a"]
+    assert play.done(1, "a") == []
+    assert play.ask(2, 1, "a") == ["start a"]
+
+
+def test_the_daemon_may_begin_in_the_mode_that_it_was_left_in():
+    play = Play(mode=SwitchMode(manual=True, pinned="a"))
+    assert play.ask(0, 1, "b") == ["refuse 1 model_not_pinned"]
+    assert play.ask(0, 2, "a") == ["start a"]

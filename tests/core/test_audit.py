@@ -129,6 +129,13 @@ def in_transition_beyond_its_deadline() -> Violation | None:
     return observe(play, 15.1)
 
 
+def waiting_for_a_model_that_is_awake() -> Violation | None:
+    play = Play()
+    play.ask(0, 1, "a")
+    play.model("a").state, play.model("a").deadline = S.AWAKE, None
+    return observe(play, 1)
+
+
 def another_is_chosen_before_one_that_is_overdue() -> Violation | None:
     play = idle()
     assert observe(play, 3, began("b")) is None
@@ -179,6 +186,7 @@ BROKEN: list[tuple[str, Callable[[], Violation | None], str]] = [
     ("accounts", accepted_and_not_known, "open 1, known 0, placed 0 + 0"),
     ("deadlines", in_transition_without_a_deadline, "a is starting without one"),
     ("deadlines", in_transition_beyond_its_deadline, "a is starting beyond its deadline"),
+    ("forwards", waiting_for_a_model_that_is_awake, "1 wait for a, which is awake"),
     ("staleness", another_is_chosen_before_one_that_is_overdue, "c is next, b has waited 2.000 s"),
     ("staleness", nothing_is_chosen_though_one_is_overdue, "b has waited 130.100 s, nothing is switched"),
     (

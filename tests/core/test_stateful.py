@@ -274,6 +274,11 @@ class World(RuleBasedStateMachine):
     def llmuxd_is_shut_down(self, after: float) -> None:
         self.feed(e.Shutdown(self.now + after))
 
+    @precondition(lambda self: self.number > 20)
+    @rule(after=st.sampled_from([0.0, 30.0]))
+    def llmuxd_makes_way(self, after: float) -> None:
+        self.feed(e.HandOver(self.now + after))
+
     # Time
 
     @rule(secs=st.sampled_from([0.01, 0.5, 2.0, 5.0, 30.0]))

@@ -20,6 +20,7 @@ from llmuxd.core.policies import CostAware, Fifo, Tenure
 from llmuxd.core.policy import Stay, SwitchTo
 from llmuxd.core.requests import Requests
 from llmuxd.core.state import State
+from llmuxd.core.switcher import Switcher
 from llmuxd.core.switching import Switching
 from llmuxd.sim.virtual.chaos import draw
 from llmuxd.sim.virtual.sweep import digest, log_of, run_seed, shortest, violation_of
@@ -104,6 +105,10 @@ def manual_mode_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Switching, "_choose", choose)
 
 
+def what_comes_up_by_itself_serves_nobody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Switcher, "_serve_without_switch", lambda self, name, now: None)
+
+
 MUTATIONS: list[tuple[str, Mutate]] = [
     ("memory", everything_fits),
     ("forwarded_to_awake", forwards_while_waking),
@@ -112,6 +117,7 @@ MUTATIONS: list[tuple[str, Mutate]] = [
     ("deadlines", no_deadline_for_a_wake),
     ("staleness", youngest_first),
     ("staleness", never_switches),
+    ("forwards", what_comes_up_by_itself_serves_nobody),
     ("failures", a_failed_model_goes_first),
     ("manual", manual_mode_is_not_looked_at),
 ]

@@ -70,12 +70,15 @@ class VirtualEngine:
             self._enter(Physical.ASLEEP)
 
     def adoptable(self) -> bool:
-        return self.physical in (Physical.AWAKE, Physical.ASLEEP)
+        return self.physical in (Physical.STARTING, Physical.AWAKE, Physical.ASLEEP)
 
     def adoption(self) -> e.EngineAdopted:
-        self._operation += 1
+        starting = self.physical is Physical.STARTING
+        if not starting:
+            self._operation += 1
         asleep_by = self._asleep_by if self.physical is Physical.ASLEEP else None
-        return e.EngineAdopted(self.name, self._incarnation, asleep_by, self._model.can_park, self._model.can_sleep)
+        can = self._model.can_park, self._model.can_sleep
+        return e.EngineAdopted(self.name, self._incarnation, asleep_by, *can, starting=starting)
 
     def vanish(self) -> None:
         """The process is gone, with all that it had."""

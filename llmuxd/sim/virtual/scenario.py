@@ -62,6 +62,8 @@ class Move(str, Enum):
     """With the models turned by one: the first is taken out, and one that was out comes back."""
     RESTART = "restart"
     """The daemon is killed and started again, wherever it is; it adopts what it finds."""
+    HAND_OVER = "hand_over"
+    """The daemon makes way for the next one, which adopts what it is left."""
     SHUTDOWN = "shutdown"
     """It ends, with all its engines."""
 

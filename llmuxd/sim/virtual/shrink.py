@@ -1,6 +1,7 @@
 """The shortest form found of a scenario that breaks an invariant: what can be left out is left out.
 
-Delta debugging (Zeller and Hildebrandt 2002), on each list of the scenario in turn, until nothing more can go.
+Delta debugging (Zeller and Hildebrandt 2002), on each list of the scenario in turn; then what is left is made plainer,
+which may make more of it superfluous; until nothing more can go.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from llmuxd.sim.virtual.scenario import Scenario
+from llmuxd.sim.virtual.scenario import ONE_TOKEN, Scenario
 
 LISTS = ("faults", "actions", "arrivals")
 
@@ -20,6 +21,7 @@ def shrink(scenario: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
         before = scenario
         for name in LISTS:
             scenario = _reduce(scenario, name, fails)
+        scenario = _plainer(scenario, fails)
         scenario = _without_models(scenario, fails)
         if scenario == before:
             return scenario
@@ -39,6 +41,21 @@ def _reduce(scenario: Scenario, name: str, fails: Callable[[Scenario], bool]) ->
             if size == 1:
                 break
             size //= 2
+    return scenario
+
+
+def _plainer(scenario: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
+    """Clients that stay and ask for one token, durations without jitter."""
+    changes: list[dict[str, Any]] = [{"jitter": 0.0}] if scenario.jitter else []
+    for number, arrival in enumerate(scenario.arrivals):
+        for plain in (replace(arrival, leaves_after=None), replace(arrival, work=ONE_TOKEN)):
+            if plain != arrival:
+                arrivals = (*scenario.arrivals[:number], plain, *scenario.arrivals[number + 1 :])
+                changes.append({"arrivals": arrivals})
+    for change in changes:
+        plainer = replace(scenario, **change)
+        if fails(plainer):
+            return plainer
     return scenario
 
 

@@ -29,6 +29,9 @@ RESTART_SECS = 0.5
 SHUTDOWN_SECS = 5.0
 """What is in flight may go on for so long."""
 
+HANDOVER_SECS = 8.0
+"""The same, before a handover."""
+
 PATIENCE_SECS = 100_000.0
 """A run that has not come to rest by then never will."""
 
@@ -191,6 +194,8 @@ class World:
         elif isinstance(command, (c.StartEngine, c.SleepEngine, c.WakeEngine, c.StopEngine)):
             self.outcome.seen[type(command).__name__] += 1
             self.engines[command.model].carry_out(command)
+        elif isinstance(command, c.HandedOver):
+            self._handed_over()
         elif isinstance(command, c.SwitchPhaseEnded):
             if command.phase in (c.Phase.SLEEP, c.Phase.WAKE):
                 self.outcome.switching_secs += command.seconds
@@ -296,6 +301,8 @@ class World:
     def _event_of(self, action: Action) -> e.Event | None:
         if action.move is Move.RELOAD:
             return self._reload(action.model)
+        if action.move is Move.HAND_OVER:
+            return e.HandOver(self.now + HANDOVER_SECS)
         if action.move is Move.SHUTDOWN:
             self._shut_down_in = self.life
             return e.Shutdown(self.now + SHUTDOWN_SECS)
@@ -349,12 +356,24 @@ class World:
                 engine.vanish()
 
     def _restart(self) -> None:
+        """The daemon is gone from one moment to the next, and every connection with it."""
         if self._down:
             return
-        self._down = True
-        self.life += 1
         for request in list(self._clients):
             self._end(request, answered=False)
+        self._end_life()
+
+    def _handed_over(self) -> None:
+        if self._clients:
+            self.violate("ends_once", f"request {next(iter(self._clients))} is left at the handover")
+        for engine in self.engines.values():
+            if engine.physical in (Physical.FALLING_ASLEEP, Physical.WAKING, Physical.STOPPING):
+                self.violate("handover", f"{engine.name} is {engine.physical.value} at the handover")
+        self._end_life()
+
+    def _end_life(self) -> None:
+        self._down = True
+        self.life += 1
         self.at(self.now + RESTART_SECS, self._boot)
 
     def _kill(self, fault: EngineDies) -> None:
