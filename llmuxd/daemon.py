@@ -1,4 +1,4 @@
-"""The daemon: folders, listeners, signals, the order of starting and stopping. Everything else is the `App`'s."""
+"""The daemon: folders, listeners, signals, the order of starting and ending. Everything else is the `App`'s."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import sdnotify
 from aiohttp import web
 
 from llmuxd.app import App, build_app, run_warmup
+from llmuxd.book import Book
 from llmuxd.config import Config
 from llmuxd.control import serve_control
-from llmuxd.control.api import ControlFailed
+from llmuxd.control.api import BadConfig, ControlFailed
+from llmuxd.core.events import HandOver
+from llmuxd.core.state import WITHOUT_PROCESS
+from llmuxd.listening import CannotListen, bind, inherited, is_for
 from llmuxd.policies import PolicyBroken
-from llmuxd.proxy import serve_proxy
+from llmuxd.proxy import Site, serve_proxy
+from llmuxd.service import Service, status_line
 
 log = logging.getLogger("llmuxd")
 
@@ -35,65 +41,155 @@ class CannotServe(Exception):
     """The daemon cannot run here; the message says why and what to do."""
 
 
-async def serve(config: Config, on_ready: Callable[[App, int], None] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. `on_ready` gets the stack and the port once it listens.
+class Ending(Enum):
+    """How the serving ended."""
 
+    STOPPED = "stopped"
+    """Every engine is stopped."""
+    HANDED_OVER = "handed over"
+    """The engines run on, for the next daemon."""
+
+
+async def serve(
+    config: Config, config_path: Path | None = None, on_ready: Callable[[App, int], None] | None = None
+) -> Ending:
+    """Serve until SIGTERM or SIGINT, which stop the engines, or SIGUSR2, which leaves them to the next daemon.
+
+    `config_path` is what a reload reads. `on_ready` gets the stack and the port once it listens.
     Raises CannotServe if a folder, socket or port is not to be had, or another daemon runs here.
     """
     loop = asyncio.get_running_loop()
-    notifier = sdnotify.SystemdNotifier()
+    service = Service()
     signals = _Signals()
     async with AsyncExitStack() as stack:
         stack.enter_context(_folders(config))
         stack.enter_context(signals.caught(loop))
+        sockets, metrics_sockets = _sockets_for(config)
+        stack.callback(_close_all, [*sockets, *metrics_sockets])
+        book = Book(config.state_dir)
+        entries = book.load()
         try:
-            app = build_app(config)
+            app = build_app(config, config_path, book)
         except (ValueError, PolicyBroken) as error:
             raise CannotServe(str(error)) from error
         app.runtime.self_check.start()
-        watchdog = asyncio.create_task(_ping_watchdog(app, notifier, os.environ))
-        stack.callback(watchdog.cancel)
-        # Registered first, so that it comes last: the sockets answer until every engine is gone.
-        control = await _listen(serve_control(app.control, config.control_socket), str(config.control_socket))
-        stack.push_async_callback(control)
-        shutdown = asyncio.create_task(_shut_down_when_asked(app, config, signals, notifier))
-        stack.push_async_callback(_finish, shutdown, signals)
-        with _reserved(config.listen, config.port, config.metrics_port):
+        _in_background(stack, service.ping_watchdog(app))
+        async with service.patience():
+            service.status(f"looking at {len(entries)} engines of an earlier daemon" if entries else "starting")
+            await app.adopt(entries)
+            # Registered first, so that it comes last: the sockets answer until every engine is gone.
+            control = _listen(
+                serve_control(app.control, config.control_socket, readers=config.control_read_group != ""),
+                str(config.control_socket),
+            )
+            stack.push_async_callback(await control)
+            ending = asyncio.create_task(_end_when_asked(app, signals, service))
+            stack.push_async_callback(_finish, ending, signals)
+            _in_background(stack, service.tell_status(partial(_status, app)))
             if config.warmup and not await _warm_up(app, signals):
-                return
+                return await ending
         if app.metrics is not None:
-            stack.push_async_callback(await _serve_metrics(app.metrics, config))
-        where = f"{config.listen}:{config.port}"
-        site = await _listen(serve_proxy(app.proxy, config.listen, config.port), where)
+            stack.push_async_callback(await _serve_metrics(app.metrics, metrics_sockets))
+        site = await serve_proxy(app.proxy, sockets=sockets)
         stack.push_async_callback(site.close)
-        log.info("serving %d models on http://%s:%d", len(config.models), config.listen, site.port)
-        notifier.notify("READY=1")
+        signals.site = site
+        signals.reload = partial(_reload, app, service)
+        log.info("serving %d models on %s", len(config.models), ", ".join(map(_url_of, sockets)))
+        service.ready()
         if on_ready is not None:
             on_ready(app, site.port)
-        await shutdown
-    log.info("stopped")
+        how = await ending
+    log.info("%s", how.value)
+    return how
+
+
+def _status(app: App) -> str:
+    return status_line(app.switcher.state, app.runtime.health())
+
+
+def _in_background(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+    """Until the stack is left."""
+    stack.callback(asyncio.create_task(work).cancel)
+
+
+def _sockets_for(config: Config) -> tuple[list[socket.socket], list[socket.socket]]:
+    """For the API and for the metrics. Raises CannotServe."""
+    try:
+        return _sockets_for_api(config), bind(config.listen, config.metrics_port) if config.metrics_port else []
+    except CannotListen as error:
+        raise CannotServe(str(error)) from error
+
+
+def _sockets_for_api(config: Config) -> list[socket.socket]:
+    """Those that systemd holds for the daemon, and what the config says if that is not among them."""
+    sockets = inherited(os.environ)
+    if any(is_for(one, config.listen, config.port) for one in sockets):
+        return sockets
+    if sockets:
+        log.warning(
+            "llmuxd.socket listens on %s, the config says %s:%d: both are served, but only the former takes "
+            "connections while llmuxd restarts; `systemctl edit llmuxd.socket` changes it",
+            ", ".join(map(_url_of, sockets)),
+            config.listen,
+            config.port,
+        )
+    return [*sockets, *bind(config.listen, config.port)]
+
+
+def _url_of(one: socket.socket) -> str:
+    host, port = one.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _close_all(sockets: list[socket.socket]) -> None:
+    for one in sockets:
+        one.close()
 
 
 class _Signals:
-    """Counts the requests to stop."""
+    """What the daemon has been asked by signals, and how often."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.hurried = asyncio.Event()
+        self.hands_over = False
+        self.site: Site | None = None
+        self.reload: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
-        (self.hurried if self.asked.is_set() else self.asked).set()
+        """SIGTERM, SIGINT. After a handover was begun, the engines are stopped after all."""
+        again = self.asked.is_set()
+        self.hands_over = False
+        (self.hurried if again else self.asked).set()
 
-    def _hang_up(self) -> None:
-        # A daemon that was started by hand goes with its terminal; a service is not reloaded by this yet.
+    def hand_over(self) -> None:
+        """SIGUSR2. It cannot take back a stop."""
+        if not self.asked.is_set():
+            self.hands_over = True
+            self.asked.set()
+        elif self.hands_over:
+            self.hurried.set()
+
+    def hang_up(self) -> None:
+        """SIGHUP. A daemon that was started by hand goes with its terminal; a service reads its config anew."""
         if sys.stderr.isatty():
             self.stop()
+        elif self.reload is None:
+            log.warning("SIGHUP while starting: the config was read a moment ago")
         else:
-            log.warning("SIGHUP: the config is read at start only; restart to apply a change")
+            task = asyncio.get_running_loop().create_task(self.reload(), name="reload")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     @contextmanager
     def caught(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-        handlers = {signal.SIGTERM: self.stop, signal.SIGINT: self.stop, signal.SIGHUP: self._hang_up}
+        handlers = {
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            signal.SIGHUP: self.hang_up,
+            signal.SIGUSR2: self.hand_over,
+        }
         for number, handler in handlers.items():
             loop.add_signal_handler(number, handler)
         try:
@@ -103,50 +199,56 @@ class _Signals:
                 loop.remove_signal_handler(number)
 
 
-async def _shut_down_when_asked(
-    app: App, config: Config, signals: _Signals, notifier: sdnotify.SystemdNotifier
-) -> None:
+async def _end_when_asked(app: App, signals: _Signals, service: Service) -> Ending:
     await signals.asked.wait()
-    notifier.notify("STOPPING=1")
-    log.info("stopping: finishing what is in flight for at most %g s", config.shutdown_timeout_secs)
-    closing = asyncio.create_task(app.close(config.shutdown_timeout_secs))
-    hurry = asyncio.create_task(signals.hurried.wait())
-    await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
-    if not closing.done():
-        log.warning("asked again: stopping at once")
-        await app.close(0.0)
-    hurry.cancel()
-    await closing
+    how = Ending.HANDED_OVER if signals.hands_over else Ending.STOPPED
+    service.stopping()
+    bound = app.runtime.config.shutdown_timeout_secs
+    async with service.patience():
+        if how is Ending.HANDED_OVER:
+            log.info("making way for the next daemon: finishing what is in flight for at most %g s", bound)
+            if signals.site is not None:
+                signals.site.stop_listening()
+            closing = asyncio.create_task(app.hand_over(bound))
+        else:
+            log.info("stopping: finishing what is in flight for at most %g s", bound)
+            closing = asyncio.create_task(app.close(bound))
+        hurry = asyncio.create_task(signals.hurried.wait())
+        await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
+        if not closing.done():
+            log.warning("asked again: %s at once", "leaving" if signals.hands_over else "stopping")
+            if signals.hands_over:
+                app.runtime.post(HandOver(app.runtime.clock()))
+            else:
+                if how is Ending.HANDED_OVER:
+                    closing.cancel()
+                closing, how = asyncio.create_task(app.close(0.0)), Ending.STOPPED
+        hurry.cancel()
+        await closing
+    return how
 
 
-async def _ping_watchdog(app: App, notifier: sdnotify.SystemdNotifier, environ: Mapping[str, str]) -> None:
-    """Tell systemd that all is well, twice in the time that it gives, as long as the scheduler is alive."""
-    given = environ.get("WATCHDOG_USEC", "")
-    period = int(given) / 1e6 if given.isdecimal() else 0.0
-    if not period or environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
-        return
-    told = False
-    while True:
-        # A probe of its own: the loop may have stood still, and the self-check's not have had its turn yet.
-        app.runtime.self_check.probe()
-        alive, reason = app.runtime.self_check.alive()
-        if alive:
-            notifier.notify("WATCHDOG=1")
-        elif not told:
-            log.critical("no more word to systemd's watchdog, which will restart llmuxd: %s", reason)
-        told = not alive
-        await asyncio.sleep(period / 2)
+async def _reload(app: App, service: Service) -> None:
+    service.reloading()
+    try:
+        await app.reloader.reload()
+    except BadConfig as bad:
+        service.status(f"the config was not reloaded: {str(bad).splitlines()[0]}")
+    finally:
+        service.ready()
 
 
-async def _finish(shutdown: asyncio.Task[None], signals: _Signals) -> None:
-    """Whatever ends the serving, the engines are stopped before it is over."""
+async def _finish(ending: asyncio.Task[Ending], signals: _Signals) -> None:
+    """Whatever ends the serving, the engines are stopped or left before it is over."""
     signals.asked.set()
-    await shutdown
+    await ending
 
 
 async def _warm_up(app: App, signals: _Signals) -> bool:
-    """Warm every model; False if asked to stop meanwhile. One that fails does not keep the others from serving."""
-    warming = asyncio.create_task(run_warmup(app))
+    """Warm every model that has no engine yet; False if asked to end meanwhile. One that fails does not keep the others
+    from serving."""
+    cold = [model.name for model in app.switcher.state.models.values() if model.state in WITHOUT_PROCESS]
+    warming = asyncio.create_task(run_warmup(app, models=cold))
     asked = asyncio.create_task(signals.asked.wait())
     await asyncio.wait([warming, asked], return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
@@ -157,33 +259,12 @@ async def _warm_up(app: App, signals: _Signals) -> bool:
     return not signals.asked.is_set()
 
 
-async def _serve_metrics(app: web.Application, config: Config) -> Callable[[], Awaitable[None]]:
+async def _serve_metrics(app: web.Application, sockets: list[socket.socket]) -> Callable[[], Coroutine[Any, Any, None]]:
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, config.listen, config.metrics_port)
-    await _listen(site.start(), f"{config.listen}:{config.metrics_port} (metrics_port)")
+    for one in sockets:
+        await web.SockSite(runner, one).start()
     return runner.cleanup
-
-
-@contextmanager
-def _reserved(host: str, *ports: int) -> Iterator[None]:
-    """Hold the ports without listening on them yet: a warm-up takes minutes, and must not find them taken then.
-
-    Raises CannotServe if one is taken already.
-    """
-    with ExitStack() as stack:
-        for port in filter(None, ports):
-            try:
-                for family, kind, number, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-                    holder = stack.enter_context(socket.socket(family, kind, number))
-                    # Set, as on the listening socket: that is what lets it take over from this one.
-                    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    if family == socket.AF_INET6:
-                        holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                    holder.bind(address)
-            except OSError as error:
-                raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        yield
 
 
 async def _listen(listening: Awaitable[_T], where: str) -> _T:

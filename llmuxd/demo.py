@@ -12,7 +12,7 @@ import click
 
 from llmuxd.app import App
 from llmuxd.config import parse_config
-from llmuxd.daemon import serve
+from llmuxd.daemon import Ending, serve
 from llmuxd.protocol import RUNTIME_DIR_ENV, STATE_DIR_ENV
 from llmuxd.sim.ledger import GIB, Ledger
 
@@ -26,7 +26,7 @@ SCALE = 0.1
 """The simulated engines load, sleep and wake ten times faster than real ones of these sizes would."""
 
 
-async def run_demo(port: int | None) -> None:
+async def run_demo(port: int | None) -> Ending:
     """Serve the demonstration until SIGTERM or Ctrl-C. `port` None takes 3000, or a free one if that is taken."""
     with tempfile.TemporaryDirectory(prefix="llmux-demo-") as folder:
         home = Path(folder)
@@ -55,7 +55,7 @@ async def run_demo(port: int | None) -> None:
             "the demo's config",
             environ,
         )
-        await serve(config, _tell)
+        return await serve(config, on_ready=_tell)
 
 
 def _free_port() -> int:

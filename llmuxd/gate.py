@@ -120,12 +120,16 @@ class Gate:
         health: Callable[[], tuple[bool, str]],
     ) -> None:
         self.post = post
-        self.served = tuple(served)
-        """Every name that clients may use, in the order of the config."""
         self.healthy = health
-        self._models = {one.id: one.model for one in self.served}
+        self.serve(served)
         self._tickets: dict[int, Ticket] = {}
         self._ids = itertools.count(1)
+
+    def serve(self, served: Sequence[ServedModel]) -> None:
+        """Know these names from now on. Tickets that there are for others stay good."""
+        self.served = tuple(served)
+        """Every name that clients may use, in the order of the config."""
+        self._models = {one.id: one.model for one in self.served}
 
     def resolve(self, name: str) -> str | None:
         """The configured model that a client's name stands for; None if there is none."""

@@ -11,26 +11,26 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from llmuxd.config import Config, PolicyConfig
+from llmuxd.book import Book, Entry
+from llmuxd.config import Config
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
-from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
-from llmuxd.core.state import IllegalEvent, Model
-from llmuxd.core.switcher import Switcher
+from llmuxd.core.engine_state import EngineState
+from llmuxd.core.state import WITHOUT_PROCESS, IllegalEvent, Model, check_placement
 from llmuxd.engine import Engine, EngineError, engine_spec
-from llmuxd.gate import Gate, ServedModel
+from llmuxd.engine.cgroup import PREFIX, Cgroup, delegated
+from llmuxd.engine.spec import slug
+from llmuxd.gate import Gate
 from llmuxd.metrics import Metrics
-from llmuxd.policies import build_policy
+from llmuxd.notices import log_notice
 from llmuxd.selfcheck import SelfCheck
+from llmuxd.specs import build_switcher, model_specs, policy_of, served_models, settings_of
 
 log = logging.getLogger("llmuxd")
-
-DEVICE = "gpu0"
-"""Until models are placed by memory there is one device, with room for one model."""
 
 
 @dataclass(frozen=True)
@@ -42,64 +42,32 @@ class JobResult:
     allowed: bool = True
 
 
-def build_switcher(config: Config, now: float) -> Switcher:
-    """The core, as the config wants it. Raises PolicyBroken."""
-    policy = config.policy
-    models = [
-        ModelSpec(
-            name=model.name,
-            eviction=model.eviction,
-            placement=Placement(awake={DEVICE: 1}),
-            start_timeout=model.start_timeout_secs,
-            max_in_flight=model.max_in_flight,
-            max_queue=model.max_queue,
-            ttl=model.ttl_secs,
-            priority=model.priority,
-        )
-        for model in config.models.values()
-    ]
-    settings = Settings(
-        request_timeout=policy.request_timeout_secs,
-        in_flight=_in_flight_of(policy),
-        min_active=policy.min_active_secs,
-        sleep_timeout=config.sleep_timeout_secs,
-        wake_timeout=config.wake_timeout_secs,
-        stop_grace=config.stop_timeout_secs,
-        max_queue=config.max_queue,
-    )
-    return Switcher(models, {DEVICE: 1}, settings, build_policy(policy.policy_type, policy.parameters), now)
-
-
-def _in_flight_of(policy: PolicyConfig) -> InFlight:
-    if not policy.drain_before_switch:
-        return InFlight.CUT
-    return policy.in_flight
-
-
 class Runtime:
     """Runs one switcher over its engines. All methods are called in the event loop that it was made in."""
 
     def __init__(
-        self, config: Config, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        config: Config,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        book: Book | None = None,
     ) -> None:
         self.config = config
         self.clock = clock
-        self.switcher = build_switcher(config, clock())
+        self.book = book
+        """Where the engines are noted for the next daemon; None if they are not."""
+        self.switcher = build_switcher(config, clock(), None if book is None else book.mode)
         self.metrics = metrics or Metrics()
-        served = [
-            ServedModel(name, model.name, model.model_path)
-            for model in config.models.values()
-            for name in (model.name, *model.aliases)
-        ]
-        self.gate = Gate(self.post, served, self.health)
-        self.engines: Mapping[str, Engine] = {
-            name: Engine(engine_spec(config, model), self._death_of(name)) for name, model in config.models.items()
-        }
-        for name, model in self.switcher.state.models.items():
-            # A model's queue may be replaced, so that it is looked up each time.
-            self.metrics.add_model(name, partial(_in_flight, model), partial(_queued, model), partial(_parked, model))
+        self.gate = Gate(self.post, served_models(config), self.health)
+        self._cgroups = delegated()
+        self.adopting: set[str] = set()
+        """Models whose entries in the book are of engines that have not been looked at yet."""
+        self.engines: dict[str, Engine] = {}
+        for name in config.models:
+            self._add(name)
         self.watchers: list[Callable[[c.Notice], None]] = [self.metrics.notice]
         self.all_stopped = asyncio.Event()
+        self.handed_over = asyncio.Event()
         self._events: deque[e.Event] = deque()
         self._posting = False
         self._timer: asyncio.TimerHandle | None = None
@@ -108,6 +76,15 @@ class Runtime:
         self._jobs: dict[int, asyncio.Future[JobResult]] = {}
         self._last_job = 0
         self.self_check = SelfCheck(self.switcher, self.post, self.clock, self.metrics)
+
+    def _add(self, name: str) -> None:
+        """Be ready to start the engine of a model that is in the config and in the core."""
+        spec = engine_spec(self.config, self.config.models[name])
+        group = None if self._cgroups is None else Cgroup(self._cgroups / (PREFIX + slug(name, 64)))
+        self.engines[name] = Engine(spec, self._death_of(name), partial(self.note, name), group)
+        model = self.switcher.state.models[name]
+        # A model's queue may be replaced, so that it is looked up each time.
+        self.metrics.add_model(name, partial(_in_flight, model), partial(_queued, model), partial(_parked, model))
 
     # The single writer
 
@@ -147,6 +124,8 @@ class Runtime:
             self._give_up(event, f"internal error: {error!r}")
             return
         self.self_check.handled(event, commands, now)
+        if self.book is not None:
+            self.book.set_mode(self.switcher.mode)
         for command in commands:
             try:
                 self._begin(command)
@@ -181,10 +160,30 @@ class Runtime:
             self._jobs.pop(command.job).set_result(JobResult(False, command.reason, command.allowed))
         elif isinstance(command, c.AllStopped):
             self.all_stopped.set()
+        elif isinstance(command, c.HandedOver):
+            self.handed_over.set()
         elif not isinstance(command, c.Probed):
-            _log_notice(command)
-            for watch in self.watchers:
-                watch(command)
+            self._tell(command)
+
+    def _tell(self, notice: c.Notice) -> None:
+        if isinstance(notice, c.EngineChanged):
+            self.note(notice.model)
+        elif isinstance(notice, c.ModelGone):
+            self.engines.pop(notice.model, None)
+        log_notice(notice)
+        for watch in self.watchers:
+            watch(notice)
+
+    def note(self, name: str) -> None:
+        """Have the book say what there is of a model's engine."""
+        if self.book is None or name in self.adopting:
+            return
+        engine, model = self.engines.get(name), self.switcher.state.models.get(name)
+        record = None if engine is None else engine.record()
+        if record is None or model is None or model.state in WITHOUT_PROCESS:
+            self.book.drop(name)
+        else:
+            self.book.set(name, Entry(record, model.state, model.asleep_by))
 
     # Time
 
@@ -210,25 +209,43 @@ class Runtime:
 
     def _operate(self, command: c.EngineCommand) -> None:
         """Run an engine command as the engine's one task; a stop takes the place of what is under way."""
-        before = self._operations.get(command.model)
-        self._operations[command.model] = asyncio.create_task(
-            self._run(command, before), name=f"{type(command).__name__} {command.model}"
-        )
+        engine = self.engines[command.model]
+        self._begin_operation(command.model, command.op, type(command).__name__, partial(_carry_out, command, engine))
 
-    async def _run(self, command: c.EngineCommand, before: asyncio.Task[None] | None) -> None:
+    def _begin_operation(self, model: str, op: int, what: str, work: Callable[[], Awaitable[e.EngineEvent]]) -> None:
+        before = self._operations.get(model)
+        self._operations[model] = asyncio.create_task(self._run(model, op, work, before), name=f"{what} {model}")
+
+    async def _run(
+        self, model: str, op: int, work: Callable[[], Awaitable[e.EngineEvent]], before: asyncio.Task[None] | None
+    ) -> None:
         if before is not None and not before.done():
             before.cancel()
             await asyncio.wait([before])
-        model, op = command.model, command.op
+        if self.book is not None:
+            # What vLLM is about to be told has to be known to who comes after a crash.
+            await self.book.flush()
         event: e.EngineEvent
         try:
-            event = await _carry_out(command, self.engines[model])
+            event = await work()
         except EngineError as error:
             event = e.OperationFailed(model, op, error.kind, error.reason)
         except Exception as error:
             log.exception("an operation on the engine of %s broke", model)
             event = e.OperationFailed(model, op, e.FailureKind.REFUSED, f"internal error: {error!r}")
         self.post(event)
+
+    def adopt(self, event: e.EngineAdopted) -> bool:
+        """An engine of an earlier daemon was found, and `engines` has it; False if the core has no room for it."""
+        model, engine = self.switcher.state.models[event.model], self.engines[event.model]
+        self.post(event)
+        if model.state in WITHOUT_PROCESS:
+            return False
+        if model.state is EngineState.STARTING and model.op == event.incarnation:
+            timeout = model.spec.start_timeout
+            work = partial(_go_on_starting, event.model, event.incarnation, engine, timeout)
+            self._begin_operation(event.model, event.incarnation, "GoOnStarting", work)
+        return True
 
     def _death_of(self, model: str) -> Callable[[int, str], None]:
         return lambda incarnation, reason: self.post(e.EngineDied(model, incarnation, reason))
@@ -249,25 +266,67 @@ class Runtime:
             return False, "shutting down"
         return self.self_check.healthy()
 
+    def reload(self, config: Config) -> None:
+        """Take over a new config, as far as that is possible while running.
+
+        Raises PolicyBroken, or ValueError if something of it is not to be had here; nothing has changed then.
+        """
+        engines = {name: engine_spec(config, model) for name, model in config.models.items()}
+        models, policy = model_specs(config), policy_of(config)
+        for model in models:
+            check_placement(model, self.switcher.state.devices)
+        self.config = config
+        for name in self.engines.keys() & engines.keys():
+            self.engines[name].spec = engines[name]
+        changed = frozenset(name for name in engines if name in self.engines and self.engines[name].outdated)
+        self.post(e.Reload(models, settings_of(config), policy, changed))
+        for name in engines:
+            if name not in self.engines:
+                self._add(name)
+        self.gate.serve(served_models(config))
+
+    async def hand_over(self, timeout: float) -> None:
+        """Serve what there is for `timeout` seconds at most, end the rest, and leave the engines to the next daemon.
+
+        Returns when nothing more will change, and the state file says all of it.
+        """
+        self.post(e.HandOver(self.clock() + timeout))
+        await self._until(self.handed_over, timeout + self.config.wake_timeout_secs)
+        for engine in self.engines.values():
+            await engine.let_go()
+        if self.book is not None:
+            await self.book.flush()
+        self._be_still()
+
+    async def _until(self, event: asyncio.Event, timeout: float) -> bool:
+        """Wait for what the core will say, unless it is broken: then `timeout` seconds at most."""
+        said = asyncio.create_task(event.wait())
+        broke = asyncio.create_task(self.self_check.broke.wait())
+        await asyncio.wait([said, broke], return_when=asyncio.FIRST_COMPLETED)
+        broke.cancel()
+        if not said.done():
+            await asyncio.wait([said], timeout=timeout)
+        said.cancel()
+        return event.is_set()
+
+    def _be_still(self) -> None:
+        self.self_check.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+
     async def shut_down(self, timeout: float) -> None:
         """Refuse new work, let what is in flight finish for `timeout` seconds, stop every engine.
 
         Called again, meanwhile, with a shorter timeout, it hurries. Returns when all of them are gone.
         """
         self.post(e.Shutdown(self.clock() + timeout))
-        stopped = asyncio.create_task(self.all_stopped.wait())
-        broke = asyncio.create_task(self.self_check.broke.wait())
-        await asyncio.wait([stopped, broke], return_when=asyncio.FIRST_COMPLETED)
-        broke.cancel()
-        if not stopped.done():
+        if not await self._until(self.all_stopped, timeout + self.config.stop_timeout_secs):
             # A broken core may never say that all is over.
-            await asyncio.wait([stopped], timeout=timeout + self.config.stop_timeout_secs)
             await self._stop_engines()
             self.all_stopped.set()
-        await stopped
-        self.self_check.stop()
-        if self._timer is not None:
-            self._timer.cancel()
+        if self.book is not None:
+            await self.book.flush()
+        self._be_still()
 
     async def _stop_engines(self) -> None:
         """Past the core."""
@@ -295,6 +354,11 @@ async def _carry_out(command: c.EngineCommand, engine: Engine) -> e.EngineEvent:
     return e.EngineStopped(model, op)
 
 
+async def _go_on_starting(model: str, op: int, engine: Engine, timeout: float) -> e.EngineEvent:
+    info = await engine.go_on(timeout)
+    return e.EngineStarted(model, op, info.can_park, info.can_sleep)
+
+
 def _in_flight(model: Model) -> float:
     return len(model.in_flight)
 
@@ -305,31 +369,3 @@ def _queued(model: Model) -> float:
 
 def _parked(model: Model) -> float:
     return len(model.in_flight) if model.parked() else 0.0
-
-
-def _log_notice(notice: c.Notice) -> None:
-    extra = {"model": getattr(notice, "model", None) or getattr(notice, "target", None)}
-    if isinstance(notice, c.EngineChanged):
-        # The whole of a long reason, an engine's last words, is told once: where the switch fails for it.
-        reason = f": {notice.reason.splitlines()[0]}" if notice.reason else ""
-        level = logging.WARNING if notice.new.value == "failed" else logging.INFO
-        text = f"{notice.model}: {notice.old.value} -> {notice.new.value} after {notice.seconds:.1f} s{reason}"
-        log.log(level, text, extra=extra)
-    elif isinstance(notice, c.SwitchBegan):
-        log.info("switch %d begins: %s", notice.switch, _route(notice.target, notice.victims), extra=extra)
-    elif isinstance(notice, c.SwitchPhaseEnded):
-        log.debug("switch %d: %s took %.2f s", notice.switch, notice.phase.value, notice.seconds, extra=extra)
-    elif isinstance(notice, c.PolicyFailed):
-        return  # It may be with every event: the self-check tells it once a minute.
-    elif isinstance(notice, c.ModelGone):
-        log.info("%s is gone: it was taken out of the config", notice.model, extra=extra)
-    elif notice.cancelled:
-        log.info("switch %d is not needed any more", notice.switch, extra=extra)
-    elif notice.error:
-        log.error("switch %d failed after %.1f s: %s", notice.switch, notice.seconds, notice.error, extra=extra)
-    else:
-        log.info("switch %d done in %.1f s", notice.switch, notice.seconds, extra=extra)
-
-
-def _route(target: str | None, victims: tuple[str, ...]) -> str:
-    return f"{', '.join(victims) or 'nothing'} out, {target or 'nothing'} in"

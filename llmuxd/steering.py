@@ -23,6 +23,7 @@ from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.core.state import WITHOUT_PROCESS, Model
 from llmuxd.engine import EngineError
 from llmuxd.gate import Refused
+from llmuxd.reloader import Reloader
 from llmuxd.runtime import Runtime
 from llmuxd.version import __version__
 
@@ -38,8 +39,9 @@ EVENT_BACKLOG = 1000
 class Steering:
     """The operator's side of a runtime."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, reloader: Reloader) -> None:
         self._runtime = runtime
+        self._reloader = reloader
         self._state = runtime.switcher.state
         self._began = time.time()
 
@@ -74,6 +76,8 @@ class Steering:
         state = self._state
         if state.shutdown_deadline is not None:
             return "stopping"
+        if state.handover_deadline is not None:
+            return "handing over"
         if state.switch is not None:
             return f"switching:{','.join(state.switch.victims) or 'none'}->{state.switch.target or 'none'}"
         return f"active:{','.join(active)}" if active else "idle"
@@ -92,7 +96,7 @@ class Steering:
 
     def _model(self, model: Model, now: float) -> dict[str, Any]:
         engine = self._runtime.engines[model.name]
-        config = self._runtime.config.models[model.name]
+        spec = engine.spec
         alive = model.state not in WITHOUT_PROCESS
         retrying = model.blocked(now)
         return {
@@ -107,8 +111,10 @@ class Steering:
             "failures": model.failures,
             "last_error": model.last_error or None,
             "retry_in_secs": round(model.retry_at - now, 3) if retrying else None,
-            "aliases": list(config.aliases),
-            "model_path": config.model_path,
+            "aliases": list(spec.aliases),
+            "model_path": spec.model_path,
+            "retired": model.retired,
+            "outdated": model.outdated,
             "log": str(engine.log_path),
         }
 
@@ -122,6 +128,10 @@ class Steering:
     def config_json(self) -> dict[str, Any]:
         """The configuration in force, secrets masked."""
         return describe(self._runtime.config)
+
+    async def config_diff(self) -> dict[str, Any]:
+        """What a reload of the config would do."""
+        return await self._reloader.diff()
 
     def evictions(self) -> dict[str, Any]:
         """Per model, as llmux 0.7 shows it."""
@@ -186,6 +196,14 @@ class Steering:
         name = self._known(model)
         self._runtime.post(e.SetEviction(name, eviction))
         return {"message": f"{name} is evicted by {eviction}"}
+
+    async def reload(self, progress: Progress) -> dict[str, Any]:
+        """Read the config anew and take over what differs. Raises BadConfig, and nothing has changed then."""
+        found = await self._reloader.reload()
+        for change in found:
+            progress({"event": "change", **change.as_json(), "text": str(change)})
+        message = f"{len(found)} changes" if found else "no changes"
+        return {"message": message, "changes": [change.as_json() for change in found]}
 
     async def warmup(self, models: list[str] | None, progress: Progress) -> dict[str, Any]:
         """Each model: awake, one inference, asleep by its policy.

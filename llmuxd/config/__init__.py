@@ -1,11 +1,13 @@
 """The configuration: `load_config` reads and checks it, the classes hold it, `KEYS` documents it.
 
-`types` holds it, `kinds` and `schema` say what it may be, `reading`, `checks` and `load` make it of files.
+`types` holds it, `kinds` and `schema` say what it may be, `reading`, `checks` and `load` make it of files, and `diff`
+compares two.
 """
 
 from __future__ import annotations
 
 from llmuxd.config.describe import describe
+from llmuxd.config.diff import Change, Effect, changes
 from llmuxd.config.errors import ConfigError, Problem
 from llmuxd.config.load import load_config, parse_config
 from llmuxd.config.schema import KEYS, Key, nearest
@@ -13,14 +15,17 @@ from llmuxd.config.types import CheckpointConfig, Config, ModelConfig, ObjectSto
 
 __all__ = [
     "KEYS",
+    "Change",
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "Effect",
     "Key",
     "ModelConfig",
     "ObjectStoreConfig",
     "PolicyConfig",
     "Problem",
+    "changes",
     "describe",
     "load_config",
     "nearest",

@@ -31,18 +31,26 @@ def describe(config: Config) -> dict[str, Any]:
     return shown
 
 
-def _plain(value: Any, path: str) -> Any:
-    if path in _SECRETS:
+def plain(config: Config) -> dict[str, Any]:
+    """The same with its secrets: not for people."""
+    shown = _plain(config, "", masked=False)
+    assert isinstance(shown, dict)
+    return shown
+
+
+def _plain(value: Any, path: str, *, masked: bool = True) -> Any:
+    if masked and path in _SECRETS:
         return MASK
     if isinstance(value, InFlight):
         return value.value
     if isinstance(value, (EvictionPolicy, Path)):
         return str(value)
     if isinstance(value, Mapping):
-        return {name: _plain(item, f"{path}.*") for name, item in value.items()}
+        return {name: _plain(item, f"{path}.*", masked=masked) for name, item in value.items()}
     if isinstance(value, tuple):
-        return [_plain(item, path) for item in value]
+        return [_plain(item, path, masked=masked) for item in value]
     if is_dataclass(value):
         prefix = f"{path}." if path else ""
-        return {field.name: _plain(getattr(value, field.name), prefix + field.name) for field in fields(value)}
+        names = [field.name for field in fields(value)]
+        return {name: _plain(getattr(value, name), prefix + name, masked=masked) for name in names}
     return value

@@ -38,6 +38,10 @@ def _string(value: Any) -> str:
     return value
 
 
+def _group(value: Any) -> str:
+    return value if value == "" else _string(value)
+
+
 def _passable(text: str) -> bool:
     """Whether an argument, a path or a variable can hold it. JSON can spell half a character."""
     return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
@@ -165,6 +169,7 @@ _WEIGHTS = ", ".join(strategy.value for strategy in WeightStrategy)
 _PROCESS = ", ".join(strategy.value for strategy in ProcessStrategy)
 
 TEXT = Kind("string", "a string that is not empty", _string)
+GROUP = Kind("string", "the name of a group, or an empty string", _group)
 NAME = Kind("string", "a printable name that is not empty and does not begin with '-'", _name)
 NAMES = Kind("list of strings", "a list of printable names that do not begin with '-'", _strings(_name))
 ARGUMENT = Kind("string", "a string that is not empty and does not begin with '-'", _argument)

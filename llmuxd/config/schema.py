@@ -49,6 +49,7 @@ KEYS: tuple[Key, ...] = (
     Key("listen", kinds.ADDRESS, '"127.0.0.1"', "The address to listen on; anyone who reaches it may use the models."),
     Key("metrics_port", kinds.PORT_OR_0, "9090", "The port of /metrics for Prometheus; 0 for none."),
     Key("control_socket", kinds.ABSOLUTE_PATH, '"/run/llmux/control.sock"', "The Unix socket that llmuxctl talks to."),
+    Key("control_read_group", kinds.GROUP, '""', "A group whose members may see the status, the logs and the config, and change nothing."),
     Key("vllm_command", kinds.COMMAND, '"vllm"', "What starts vLLM; `serve MODEL ...` is added."),
     Key("warmup", kinds.BOOLEAN, "false", "Start each model, have it answer once and put it to sleep before the port opens."),
     Key("max_queue", kinds.REQUESTS, "1024", "Requests that may wait, over all models; one more is answered with 429."),

@@ -102,6 +102,7 @@ class Config:
     port: int = 3000
     listen: str = "127.0.0.1"
     metrics_port: int = 9090
+    control_read_group: str = ""
     vllm_command: tuple[str, ...] = ("vllm",)
     warmup: bool = False
     max_queue: int = 1024

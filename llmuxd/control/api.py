@@ -32,6 +32,10 @@ class NotAllowed(Exception):
     """The mode or the pin forbids it; nothing was tried."""
 
 
+class BadConfig(Exception):
+    """The config cannot be taken over, and nothing has changed. The text has a line for each problem."""
+
+
 class Control(Protocol):
     """A running stack, as the handlers see it. Models are given by name or alias."""
 
@@ -40,6 +44,8 @@ class Control(Protocol):
     def evictions(self) -> dict[str, Any]: ...
 
     def config_json(self) -> dict[str, Any]: ...
+
+    async def config_diff(self) -> dict[str, Any]: ...
 
     def resolve(self, name: str) -> str | None: ...
 
@@ -62,5 +68,7 @@ class Control(Protocol):
     async def stop(self, model: str, progress: Progress) -> dict[str, Any]: ...
 
     async def pin(self, model: str, progress: Progress) -> dict[str, Any]: ...
+
+    async def reload(self, progress: Progress) -> dict[str, Any]: ...
 
     async def warmup(self, models: list[str] | None, progress: Progress) -> dict[str, Any]: ...

@@ -15,9 +15,9 @@ from typing import Any
 
 from aiohttp import web
 
-from llmuxd.control.api import Control, ControlFailed, NotAllowed, Progress, UnknownModel
+from llmuxd.control.api import BadConfig, Control, ControlFailed, NotAllowed, Progress, UnknownModel
 from llmuxd.control.logs import read_log
-from llmuxd.control.peer import may_steer, peer_of
+from llmuxd.control.peer import may_look, may_steer, peer_of
 from llmuxd.control.streaming import stream
 from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.protocol import CONTROL_PREFIX, NDJSON, VERSION_HEADER
@@ -37,13 +37,15 @@ CLOSE_SECS = 1.0
 LOCAL_HOSTS = frozenset(("", "localhost", "127.0.0.1", "unix", "llmux", "llmuxd"))
 """What a Host header may say on a Unix socket; a page in a browser says where it thinks that it is."""
 
+LOOKING = ("GET", "HEAD")
+
 
 class BadRequest(Exception):
     """The body or the query is not what the call takes; the text says what it takes."""
 
 
-def build_control(control: Control) -> web.Application:
-    """The application of the control socket."""
+def build_control(control: Control, readers: str = "") -> web.Application:
+    """The application of the control socket. The members of the group `readers` may look, and not steer."""
     running = _Running()
     calls = _Calls(control, running)
     table: tuple[tuple[str, str, Handler], ...] = (
@@ -58,11 +60,13 @@ def build_control(control: Control) -> web.Application:
         ("POST", "/wake", calls.wake),
         ("POST", "/stop", calls.stop),
         ("POST", "/warmup", calls.warmup),
+        ("POST", "/reload", calls.reload),
         ("GET", "/events", calls.events),
         ("GET", "/logs", calls.logs),
         ("GET", "/config", calls.config),
+        ("GET", "/config/diff", calls.config_diff),
     )
-    app = web.Application(middlewares=[running.count, _answer_errors, _guard])
+    app = web.Application(middlewares=[running.count, _answer_errors, _guard(readers)])
     for method, path, handler in table:
         app.router.add_route(method, CONTROL_PREFIX + path, handler)
     app.on_response_prepare.append(_add_version)
@@ -124,25 +128,35 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return _error(**_failure(error))
 
 
-@web.middleware
-async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Let in only those who may steer, and no browser; note who does what."""
-    host = request.headers.get("Host", "").partition(":")[0].lower()
-    if "Origin" in request.headers or host not in LOCAL_HOSTS:
-        raise NotAllowed("the control socket is not for browsers: no Origin header, and localhost as Host")
-    peer = peer_of(request.transport)
-    if peer is not None:
-        path = request.transport.get_extra_info("sockname") if request.transport else ""
-        if not may_steer(peer, path):
-            raise NotAllowed(f"user {peer.uid} is not in the group of {path}")
-        if request.method == "POST":
-            log.info("%s by user %d (pid %d)", request.path, peer.uid, peer.pid)
-    return await handler(request)
+def _guard(readers: str) -> Any:
+    """Let in only those who may steer or, to look, the members of the group `readers`, and no browser.
+
+    Notes who does what.
+    """
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        host = request.headers.get("Host", "").partition(":")[0].lower()
+        if "Origin" in request.headers or host not in LOCAL_HOSTS:
+            raise NotAllowed("the control socket is not for browsers: no Origin header, and localhost as Host")
+        peer = peer_of(request.transport)
+        if peer is not None:
+            path = request.transport.get_extra_info("sockname") if request.transport else ""
+            if not may_steer(peer, path):
+                if not may_look(peer, readers):
+                    raise NotAllowed(f"user {peer.uid} is not in the group of {path}")
+                if request.method not in LOOKING:
+                    raise NotAllowed(f"user {peer.uid} may look, but not steer: the group {readers} is for that")
+            if request.method == "POST":
+                log.info("%s by user %d (pid %d)", request.path, peer.uid, peer.pid)
+        return await handler(request)
+
+    return guard
 
 
 def _failure(error: Exception) -> dict[str, Any]:
     """Status, sentence and details of a failure. What nobody foresaw is logged, too."""
-    statuses: Mapping[type[Exception], int] = {NotAllowed: 403, ControlFailed: 500, BadRequest: 400}
+    statuses: Mapping[type[Exception], int] = {NotAllowed: 403, ControlFailed: 500, BadRequest: 400, BadConfig: 400}
     if isinstance(error, UnknownModel):
         return {"status": 404, "error": str(error), "known": list(error.known)}
     if type(error) in statuses:
@@ -180,6 +194,9 @@ class _Calls:
 
     async def config(self, _request: web.Request) -> web.StreamResponse:
         return web.json_response(self._control.config_json())
+
+    async def config_diff(self, _request: web.Request) -> web.StreamResponse:
+        return web.json_response(await self._control.config_diff())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         self._running.is_endless()
@@ -246,6 +263,10 @@ class _Calls:
         if models is not None and not (isinstance(models, list) and all(isinstance(m, str) for m in models)):
             raise BadRequest('"models" has to be a list of names')
         return await self._run(request, lambda tell: self._control.warmup(models, tell))
+
+    async def reload(self, request: web.Request) -> web.StreamResponse:
+        await _body(request)
+        return await self._run(request, self._control.reload)
 
     async def _run(self, request: web.Request, operation: Operation) -> web.StreamResponse:
         """Run a long operation and tell of it, as one object or as NDJSON."""

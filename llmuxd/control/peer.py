@@ -1,8 +1,9 @@
-"""Who is at the other end of a Unix socket, and whether that user may steer the daemon."""
+"""Who is at the other end of a Unix socket, and whether that user may steer the daemon, or look at it."""
 
 from __future__ import annotations
 
 import asyncio
+import grp
 import os
 import socket
 import struct
@@ -37,6 +38,14 @@ def peer_of(transport: asyncio.BaseTransport | None) -> Peer | None:
         # Without the option, or with more groups than fit, there is the primary one.
         more = b""
     return Peer(pid, uid, frozenset((group, *(g for (g,) in struct.iter_unpack("I", more)))))
+
+
+def may_look(peer: Peer, group: str) -> bool:
+    """Whether the peer is in the group of those who may look, and not steer; `group` is empty if there is none."""
+    try:
+        return bool(group) and grp.getgrnam(group).gr_gid in peer.groups
+    except KeyError:
+        return False
 
 
 def may_steer(peer: Peer, path: str) -> bool:

@@ -14,13 +14,17 @@ from aiohttp import web
 from llmuxd.protocol import CONTROL_GROUP
 
 SOCKET_MODE = 0o660
+SOCKET_MODE_WITH_READERS = 0o666
 PROBE_SECS = 1.0
 
 
-async def serve_control(app: web.Application, path: Path, group: str = CONTROL_GROUP) -> Callable[[], Awaitable[None]]:
+async def serve_control(
+    app: web.Application, path: Path, group: str = CONTROL_GROUP, *, readers: bool = False
+) -> Callable[[], Awaitable[None]]:
     """Listen on the Unix socket `path`; returns what ends that and removes it.
 
-    Run by root, the socket is given to `group` if there is such a group. A socket that nobody answers on any more
+    Run by root, the socket is given to `group` if there is such a group. With `readers`, who may only look is let in,
+    too: everybody can connect, and the application asks each who they are. A socket that nobody answers on any more
     is replaced. Raises OSError if the path is taken or not to be had.
     """
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -37,7 +41,7 @@ async def serve_control(app: web.Application, path: Path, group: str = CONTROL_G
             os.umask(before)
         made = path.stat()
         _give_to(group, path)
-        path.chmod(SOCKET_MODE)
+        path.chmod(SOCKET_MODE_WITH_READERS if readers else SOCKET_MODE)
         await runner.setup()
         await web.SockSite(runner, listener).start()
     except BaseException:

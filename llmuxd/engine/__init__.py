@@ -9,9 +9,10 @@ find, kill), `proctable` (who descends from whom), `shm` (shared memory left beh
 from __future__ import annotations
 
 from llmuxd.core.events import FailureKind
-from llmuxd.engine.engine import Engine, EngineInfo
+from llmuxd.engine.engine import Engine
 from llmuxd.engine.errors import EngineError
 from llmuxd.engine.logtail import tail_lines
+from llmuxd.engine.run import EngineInfo
 from llmuxd.engine.spec import Endpoint, EngineSpec, build_argv, build_env, engine_spec
 
 __all__ = [

@@ -1,7 +1,8 @@
 """The engine of one model: start, sleep, wake, infer, stop, and the word when it dies unasked.
 
 An `Engine` can be started again and again; each start makes an incarnation. What to call when is the core's to
-decide, and it calls one operation at a time: only `stop` may come while another one is under way.
+decide, and it calls one operation at a time: only `stop` may come while another one is under way. How an engine of an
+earlier daemon is found again is in `adopting`.
 """
 
 from __future__ import annotations
@@ -12,17 +13,23 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llmuxd.core.engine_state import EngineState
 from llmuxd.core.events import FailureKind
 from llmuxd.core.eviction import EvictionPolicy, WeightStrategy
+from llmuxd.engine.adopting import state_of
 from llmuxd.engine.api import Health, Suspect, VllmApi, can_park
+from llmuxd.engine.cgroup import Cgroup
 from llmuxd.engine.errors import EngineError, log_says_out_of_memory
 from llmuxd.engine.logtail import tail_lines
 from llmuxd.engine.process import EngineProcess
+from llmuxd.engine.proctable import arguments
+from llmuxd.engine.record import EngineRecord, fingerprint
+from llmuxd.engine.run import EngineInfo, Run
 from llmuxd.engine.spec import Endpoint, EngineSpec, api_key, build_argv, build_env, make_private_folder
+from llmuxd.engine.tasks import finish, poll
 from llmuxd.engine.watch import Watch
 
 READY_POLL_SECS = 0.02
@@ -42,63 +49,51 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """What is known of an engine that answers."""
-
-    pid: int
-    create_time: float
-    """Of the process, in seconds of the wall clock since the epoch, as psutil gives it."""
-    version: str | None
-    can_park: bool
-    """Its /sleep takes `mode`: requests in flight can be kept or waited for (vLLM 0.17 or newer)."""
-    can_sleep: bool
-    """It has the development endpoints."""
-
-
-@dataclass
-class _Run:
-    """One incarnation, from before its spawn until everything of it is gone."""
-
-    incarnation: int
-    over: asyncio.Future[str]
-    """Why no operation can succeed any more: it died, or it is being stopped."""
-    claimed: bool = False
-    """The address and the folder of ZMQ sockets are its own, to be removed at its end."""
-    ready: bool = False
-    api: VllmApi | None = None
-    process: EngineProcess | None = None
-    watch: Watch | None = None
-    kill_at: float = 0.0
-    stop_task: asyncio.Task[None] | None = field(default=None, repr=False)
-
-
 class Engine:
     """The vLLM process of one model. All methods are called in one event loop.
 
     `on_death(incarnation, reason)` is called at most once per incarnation, for a death after `start` has returned
     that `stop` did not ask for; an operation under way then fails as well. What the dead engine has left is there
-    until `stop` is called.
+    until `stop` is called. `on_change` is called when `record` says something new.
     """
 
-    def __init__(self, spec: EngineSpec, on_death: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        on_death: Callable[[int, str], None],
+        on_change: Callable[[], None] = lambda: None,
+        cgroup: Cgroup | None = None,
+    ) -> None:
         self.spec = spec
+        """What the next start is made from; a new config may change it at any time."""
         self.info: EngineInfo | None = None
         self._on_death = on_death
-        self._run: _Run | None = None
+        self._on_change = on_change
+        self._cgroup = cgroup
+        self._run: Run | None = None
 
     @property
     def endpoint(self) -> Endpoint:
-        return self.spec.endpoint
+        """Of the engine that there is, or of the next one."""
+        return self._running_spec.endpoint
 
     @property
     def log_path(self) -> Path:
-        return self.spec.log_path
+        return self._running_spec.log_path
+
+    @property
+    def _running_spec(self) -> EngineSpec:
+        return self.spec if self._run is None else self._run.spec
+
+    @property
+    def outdated(self) -> bool:
+        """Whether there is an engine, and it was started from something else than the next one would be."""
+        return self._run is not None and self._run.fingerprint != fingerprint(self.spec)
 
     @property
     def pid(self) -> int | None:
         """The pid of the API server; None when there is none."""
-        return self._run.process.pid if self._run is not None and self._run.process is not None else None
+        return None if self.process is None else self.process.pid
 
     async def start(self, incarnation: int, timeout: float) -> EngineInfo:
         """Start the process and wait, for at most `timeout` seconds, until it answers /health.
@@ -109,21 +104,101 @@ class Engine:
         """
         if self._run is not None:
             raise RuntimeError(f"the engine of {self.spec.name} is running; stop it first")
-        run = self._run = _Run(incarnation, asyncio.get_running_loop().create_future())
+        run = self._run = Run(
+            incarnation, self.spec, fingerprint(self.spec), asyncio.get_running_loop().create_future()
+        )
+        return await self._bring_up(run, timeout, spawn=True)
+
+    async def _bring_up(self, run: Run, timeout: float, *, spawn: bool) -> EngineInfo:
         try:
-            await self._claim_endpoint()
-            run.claimed = True
-            self._spawn(run)
+            if spawn:
+                await self._claim_endpoint()
+                run.claimed = True
+                self._spawn(run)
             info = await self._until_over(run, self._become_ready(run), timeout, "start")
             if run.over.done():
                 raise EngineError(FailureKind.DIED, run.over.result())
         except BaseException as error:
             failure = self._explain_start(run, error) if isinstance(error, EngineError) else error
-            await _finish(self._abandon(run), f"clean up {self.spec.name}")
+            await finish(self._abandon(run), f"clean up {self.spec.name}")
             raise failure from None
         run.ready = True
         self.info = info
+        self._on_change()
         return info
+
+    # Finding it again
+
+    def find_again(self, record: EngineRecord) -> bool:
+        """Take over what there is of an engine that an earlier daemon started.
+
+        True if it runs: `adopt` it, or `stop` it. False if it does not, and then `stop` removes what is left of it.
+        """
+        process = EngineProcess.found_again(record)
+        spec = record.spec_from(self.spec)
+        run = Run(record.incarnation, spec, record.fingerprint, asyncio.get_running_loop().create_future())
+        run.claimed = True
+        run.process = process
+        self._run = run
+        if not process.is_that_of(record):
+            return False
+        self.info = EngineInfo(process.pid, process.create_time, record.version, record.can_park, record.can_sleep)
+        self._watch(run, process)
+        return True
+
+    async def adopt(self, was: EngineState, asleep_by: EvictionPolicy | None) -> EngineState:
+        """What the engine that was found is now: AWAKE, ASLEEP by `asleep_by`, or STARTING; then `go_on` is due.
+
+        Raises EngineError if it is not fit for use.
+        """
+        run, info = self._running()
+        state = await state_of(_api(run), was, asleep_by, can_park=info.can_park, can_sleep=info.can_sleep)
+        assert run.watch is not None
+        if state is EngineState.STARTING:
+            return state
+        if was is EngineState.STARTING:
+            self.info = await self._become_ready(run)
+        else:
+            run.watch.serving()
+        run.ready = True
+        return state
+
+    async def go_on(self, timeout: float) -> EngineInfo:
+        """`start` of an engine that was adopted while it starts: what is left of it."""
+        run, _ = self._running()
+        return await self._bring_up(run, timeout, spawn=False)
+
+    @property
+    def process(self) -> EngineProcess | None:
+        """The engine as processes; None when there is none."""
+        return None if self._run is None else self._run.process
+
+    def record(self) -> EngineRecord | None:
+        """What a later daemon has to know to find this engine again; None while there is none."""
+        run, info = self._run, self.info
+        if run is None or run.process is None:
+            return None
+        process = run.process
+        return EngineRecord(
+            model=run.spec.name,
+            incarnation=run.incarnation,
+            pid=process.pid,
+            start_ticks=process.leader.start_ticks,
+            create_time=process.create_time,
+            argv=arguments(process.pid),
+            token=process.token,
+            log_start=process.log_start,
+            fingerprint=run.fingerprint,
+            socket_dir=str(run.spec.socket_dir),
+            port=run.spec.port,
+            log_path=str(run.spec.log_path),
+            cgroup=None if process.cgroup is None else str(process.cgroup.path),
+            members=tuple(sorted((proc.pid, proc.start_ticks) for proc in process.members())),
+            shm=process.shared_memory,
+            can_park=info is not None and info.can_park,
+            can_sleep=info is not None and info.can_sleep,
+            version=None if info is None else info.version,
+        )
 
     async def sleep(self, eviction: EvictionPolicy, mode: str, timeout: float) -> None:
         """Put the engine to sleep by the weights of `eviction`, and see that it sleeps.
@@ -193,6 +268,15 @@ class Engine:
             run.kill_at = min(run.kill_at, kill_at)
         await asyncio.shield(run.stop_task)
 
+    async def let_go(self) -> None:
+        """Leave the engine to itself: it is not watched any more, and this object is of no more use."""
+        run, self._run = self._run, None
+        self._on_change = lambda: None
+        if run is not None and run.watch is not None:
+            await run.watch.close()
+        if run is not None and run.api is not None:
+            await run.api.close()
+
     # Starting
 
     async def _claim_endpoint(self) -> None:
@@ -219,24 +303,30 @@ class Engine:
     def _address_taken(self) -> EngineError:
         return EngineError(FailureKind.SPAWN, f"another process already listens on {self.endpoint}")
 
-    def _spawn(self, run: _Run) -> None:
+    def _spawn(self, run: Run) -> None:
         if run.over.done():
             raise EngineError(FailureKind.DIED, run.over.result())
-        spec = self.spec
+        spec = run.spec
         shutil.rmtree(spec.rpc_dir, ignore_errors=True)
         try:
             make_private_folder(spec.rpc_dir)
         except OSError as error:
             raise EngineError(FailureKind.SPAWN, str(error)) from error
         try:
-            run.process = EngineProcess.spawn(build_argv(spec, os.environ), build_env(spec, os.environ), spec.log_path)
+            argv, env = build_argv(spec, os.environ), build_env(spec, os.environ)
+            run.process = EngineProcess.spawn(argv, env, spec.log_path, self._cgroup)
         except OSError as error:
             reason = f"{spec.vllm_command[0]!r} cannot be executed: {error.strerror or error}"
             raise EngineError(FailureKind.SPAWN, reason) from error
-        run.api = VllmApi(self.endpoint, spec.name, api_key(spec, os.environ))
-        run.watch = Watch(run.process, run.api.health, lambda reason: self._died(run, reason))
+        self._watch(run, run.process)
 
-    async def _become_ready(self, run: _Run) -> EngineInfo:
+    def _watch(self, run: Run, process: EngineProcess) -> None:
+        """Get in touch with the engine's processes and its HTTP."""
+        run.api = VllmApi(run.spec.endpoint, run.spec.name, api_key(run.spec, os.environ))
+        run.watch = Watch(process, run.api.health, lambda reason: self._died(run, reason), self._on_change)
+        self._on_change()
+
+    async def _become_ready(self, run: Run) -> EngineInfo:
         api, process, watch = run.api, run.process, run.watch
         assert api is not None
         assert process is not None
@@ -246,14 +336,14 @@ class Engine:
         async def answers() -> bool:
             return (uds is None or uds.exists()) and await api.health(READY_TIMEOUT_SECS) is Health.OK
 
-        await _poll(answers, READY_POLL_SECS)
+        await poll(answers, READY_POLL_SECS)
         watch.serving()
         version, can_sleep, _ = await asyncio.gather(
             api.version(), api.has_sleep(), asyncio.to_thread(process.note_shared_memory)
         )
         return EngineInfo(process.pid, process.create_time, version, can_park(version), can_sleep)
 
-    def _explain_start(self, run: _Run, error: EngineError) -> EngineError:
+    def _explain_start(self, run: Run, error: EngineError) -> EngineError:
         """The error of a failed start, with what its log says."""
         if run.process is None or run.stop_task is not None:
             return error
@@ -266,7 +356,7 @@ class Engine:
             return EngineError(kind, f"{error.reason}; its log is empty")
         return EngineError(kind, "\n  ".join([f"{error.reason}; its log ends with", *shown]))
 
-    async def _abandon(self, run: _Run) -> None:
+    async def _abandon(self, run: Run) -> None:
         try:
             # A stop that is under way, and made the start fail, keeps its grace.
             await self.stop(0.0 if run.stop_task is None else math.inf)
@@ -275,12 +365,12 @@ class Engine:
 
     # Operating
 
-    def _running(self) -> tuple[_Run, EngineInfo]:
+    def _running(self) -> tuple[Run, EngineInfo]:
         if self._run is None or self.info is None:
             raise EngineError(FailureKind.DIED, "there is no engine running")
         return self._run, self.info
 
-    async def _operate(self, run: _Run, call: Coroutine[Any, Any, None], timeout: float, what: str) -> None:
+    async def _operate(self, run: Run, call: Coroutine[Any, Any, None], timeout: float, what: str) -> None:
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         try:
             await self._until_over(run, call, timeout, what)
@@ -291,7 +381,7 @@ class Engine:
                 raise EngineError(FailureKind.OUT_OF_MEMORY, error.reason) from error
             raise
 
-    async def _until_over(self, run: _Run, call: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
+    async def _until_over(self, run: Run, call: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
         """Await `call`, unless the engine dies, is stopped, or `timeout` seconds are over."""
         task = asyncio.ensure_future(call)
         ends: list[asyncio.Future[Any]] = [task, run.over]
@@ -312,7 +402,7 @@ class Engine:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _died(self, run: _Run, reason: str) -> None:
+    def _died(self, run: Run, reason: str) -> None:
         if run.over.done():
             return
         run.over.set_result(reason)
@@ -321,7 +411,7 @@ class Engine:
 
     # Stopping
 
-    async def _stop(self, run: _Run) -> None:
+    async def _stop(self, run: Run) -> None:
         try:
             if run.watch is not None:
                 await run.watch.close()
@@ -340,7 +430,7 @@ class Engine:
             if run.stop_task is not None:
                 await self._clean_up(run)
 
-    async def _end_gently(self, run: _Run, process: EngineProcess) -> None:
+    async def _end_gently(self, run: Run, process: EngineProcess) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.to_thread(process.note_shared_memory)
         if process.ended() is not None or run.kill_at <= loop.time():
@@ -350,20 +440,20 @@ class Engine:
         async def leader_ended() -> bool:
             return process.ended() is not None or loop.time() >= run.kill_at
 
-        await _poll(leader_ended, _STOP_POLL_SECS)
+        await poll(leader_ended, _STOP_POLL_SECS)
         # The children end after it, and what they remove themselves need not be found.
         until = min(run.kill_at, loop.time() + _CHILDREN_GRACE_SECS)
 
         async def all_ended() -> bool:
             return not await asyncio.to_thread(process.refresh) or loop.time() >= until
 
-        await _poll(all_ended, _STOP_POLL_SECS)
+        await poll(all_ended, _STOP_POLL_SECS)
 
-    async def _clean_up(self, run: _Run) -> None:
+    async def _clean_up(self, run: Run) -> None:
         if run.claimed:
-            if self.endpoint.uds is not None:
-                self.endpoint.uds.unlink(missing_ok=True)
-            shutil.rmtree(self.spec.rpc_dir, ignore_errors=True)
+            if run.spec.endpoint.uds is not None:
+                run.spec.endpoint.uds.unlink(missing_ok=True)
+            shutil.rmtree(run.spec.rpc_dir, ignore_errors=True)
         if run.process is not None:
             removed = run.process.remove_shared_memory()
             if removed:
@@ -372,28 +462,9 @@ class Engine:
             await run.api.close()
         self.info = None
         self._run = None
+        self._on_change()
 
 
-async def _poll(done: Callable[[], Coroutine[Any, Any, bool]], seconds: float) -> None:
-    while True:
-        if await done():
-            return
-        await asyncio.sleep(seconds)
-
-
-def _api(run: _Run) -> VllmApi:
+def _api(run: Run) -> VllmApi:
     assert run.api is not None, "an engine that is ready has been spawned"
     return run.api
-
-
-async def _finish(work: Coroutine[Any, Any, None], name: str) -> None:
-    """Run `work` to its end whatever happens to the caller, and then be cancelled if that was asked for."""
-    task = asyncio.create_task(work, name=name)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError

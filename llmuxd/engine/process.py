@@ -1,7 +1,9 @@
-"""One started engine as processes: spawn it, know all of it, kill all of it.
+"""One engine as processes: spawn it or find it again, know all of it, kill all of it.
 
-When to do so, and what the engine answers, is not here. The leader is not reaped before everything is gone: as
-long as it is in the books, its pid, session and group can be nobody else's.
+When to do so, and what the engine answers, is not here. A leader that was spawned here is not reaped before
+everything is gone: as long as it is in the books, its pid, session and group can be nobody else's. One that an earlier
+daemon spawned is reaped by somebody else as soon as it ends; from then on its number says nothing, and its processes
+are known by what was known of them before, by their mark, and by their control group.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,10 @@ import psutil
 
 from llmuxd.core.events import FailureKind
 from llmuxd.engine import proctable, shm
+from llmuxd.engine.cgroup import Cgroup
 from llmuxd.engine.errors import EngineError
 from llmuxd.engine.proctable import Proc
+from llmuxd.engine.record import EngineRecord
 from llmuxd.engine.spec import TOKEN_ENV
 
 KILL_SECS = 20.0
@@ -31,6 +35,7 @@ KILL_SECS = 20.0
 _POLL_SECS = 0.01
 _VITAL = re.compile(r"VLLM::|EngineCore")
 _UMASK = 0o027
+_NOBODY = Proc(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +47,32 @@ class Member:
 
 
 class EngineProcess:
-    """A process started by `spawn`, and all that descends from it. Safe to use from several threads."""
+    """A process and all that descends from it. Safe to use from several threads.
 
-    def __init__(self, popen: subprocess.Popen[bytes], token: str, log_start: int) -> None:
-        stat = proctable.read_stat(popen.pid)
-        assert stat is not None, "a child that was not waited for is in the process table"
-        self.leader = stat.proc
-        self.create_time: float = psutil.Process(popen.pid).create_time()
+    `spawn` makes one; `found_again` is one that an earlier daemon spawned.
+    """
+
+    def __init__(
+        self,
+        leader: Proc,
+        create_time: float,
+        token: str,
+        log_start: int,
+        cgroup: Cgroup | None,
+        child: subprocess.Popen[bytes] | None,
+    ) -> None:
+        self.leader = leader
+        self.create_time = create_time
+        """Seconds of the wall clock since the epoch, as psutil gives it."""
+        self.token = token
         self.log_start = log_start
         """Where in the log file this engine's output begins."""
-        self._popen = popen
+        self.cgroup = cgroup
+        self._child = child
+        self._foreign = False
+        """The leader's place is taken by somebody else's process."""
+        self._over = False
+        """All of it is gone, and the leader is reaped."""
         self._mark = f"{TOKEN_ENV}={token}\0".encode()
         self._members: dict[Proc, Member] = {}
         self._shm: set[shm.FileId] = set()
@@ -59,7 +80,30 @@ class EngineProcess:
         self._lock = threading.RLock()
 
     @classmethod
-    def spawn(cls, argv: Sequence[str], env: Mapping[str, str], log_path: Path) -> EngineProcess:
+    def found_again(cls, record: EngineRecord) -> EngineProcess:
+        """The engine of a record of this boot, or what is left of it; nothing may be.
+
+        A process that has the leader's number and start, but neither its command line nor its mark, is none of it.
+        """
+        leader = Proc(record.pid, record.start_ticks)
+        group = Cgroup(Path(record.cgroup)) if record.cgroup else None
+        process = cls(leader, record.create_time, record.token, record.log_start, group, None)
+        process._members = {Proc(*pair): Member("", False) for pair in record.members}
+        process._shm = set(record.shm)
+        process._foreign = proctable.is_alive(leader) and not process.is_that_of(record)
+        process.refresh(thorough=True)
+        return process
+
+    def is_that_of(self, record: EngineRecord) -> bool:
+        """Whether the leader runs, and is the very process of the record: its number, its start, and its command line
+        or its mark."""
+        same = proctable.arguments(self.pid) == record.argv or proctable.has_mark(self.pid, self._mark)
+        return same and proctable.is_alive(self.leader)
+
+    @classmethod
+    def spawn(
+        cls, argv: Sequence[str], env: Mapping[str, str], log_path: Path, cgroup: Cgroup | None = None
+    ) -> EngineProcess:
         """Start `argv` in a session of its own, its output appended to the log.
 
         It keeps the working folder of the daemon, which relative paths in the config are relative to.
@@ -83,7 +127,12 @@ class EngineProcess:
             )
         finally:
             os.close(log)
-        process = cls(popen, token, log_start)
+        if cgroup is not None and not cgroup.enter(popen.pid):
+            cgroup = None
+        stat = proctable.read_stat(popen.pid)
+        assert stat is not None, "a child that was not waited for is in the process table"
+        create_time = psutil.Process(popen.pid).create_time()
+        process = cls(stat.proc, create_time, token, log_start, cgroup, popen)
         process._shm_before = shm_before
         return process
 
@@ -93,6 +142,8 @@ class EngineProcess:
 
     def ended(self) -> str | None:
         """How the leader ended, as the end of a sentence; None while it runs. Does not reap it."""
+        if self._child is None:
+            return None if proctable.is_alive(self.leader) else "has ended"
         try:
             status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -113,15 +164,21 @@ class EngineProcess:
         with self._lock:
             self._members.pop(proc, None)
 
+    @property
+    def shared_memory(self) -> tuple[shm.FileId, ...]:
+        """The files in /dev/shm that `note_shared_memory` has found."""
+        with self._lock:
+            return tuple(sorted(self._shm))
+
     def refresh(self, thorough: bool = False) -> list[Proc]:
         """Look for the engine's processes; returns those alive. Reads all of /proc: call it from a thread.
 
         `thorough` also finds those that left the session and lost their parent before they were ever seen.
         """
         with self._lock:
-            if self._popen.returncode is not None:
+            if self._over:
                 return []
-            found = proctable.members(self.leader, self._members.keys(), self._mark if thorough else b"")
+            found = self._find(self._mark if thorough else b"")
             alive = {proc: stat for proc, stat in found.items() if stat.alive}
             titles = {proc.pid: proctable.title(proc.pid) for proc in alive}
             for proc, stat in alive.items():
@@ -147,7 +204,7 @@ class EngineProcess:
         Raises EngineError if one of them survives SIGKILL for `KILL_SECS`.
         """
         deadline = time.monotonic() + KILL_SECS
-        while self._popen.returncode is None:
+        while not self._over:
             alive = self.refresh(thorough=True)
             if not alive:
                 break
@@ -155,23 +212,60 @@ class EngineProcess:
                 members = self.members()
                 names = ", ".join(f"{proc.pid} ({members[proc].title[:60]})" for proc in alive)
                 raise EngineError(FailureKind.TIMEOUT, f"still there {KILL_SECS:g} s after SIGKILL: process {names}")
+            if self.cgroup is not None:
+                self.cgroup.kill()
             for proc in alive:
                 _send(proc, signal.SIGKILL)
             _wait_gone(alive, min(deadline, time.monotonic() + 1.0))
         with self._lock:
-            if self._popen.returncode is None:
-                self._reap_adopted()
-                self._popen.wait()
+            if not self._over:
+                self._reap()
+                self._over = True
+        if self.cgroup is not None:
+            self.cgroup.remove()
 
     def remove_shared_memory(self) -> list[str]:
         """Remove what the killed engine left in /dev/shm; returns the paths."""
         return shm.remove_leftovers(self._shm)
 
-    def _reap_adopted(self) -> None:
+    def _find(self, mark: bytes = b"") -> dict[Proc, proctable.Stat]:
+        leads = self._child is not None or (proctable.is_alive(self.leader) and not self._foreign)
+        also: Iterable[int] = () if self.cgroup is None else self.cgroup.pids()
+        known = self._members.keys() - {self.leader} if self._foreign else self._members.keys()
+        return proctable.members(self.leader, known, mark, frozenset(also), leads)
+
+    def _reap(self) -> None:
         # Orphans are reaped by process 1. Where the daemon is that, or a subreaper, they are its own.
-        for proc, stat in proctable.members(self.leader, self._members.keys()).items():
-            if proc != self.leader and stat.parent == os.getpid():
+        for proc, stat in self._find().items():
+            if (proc != self.leader or self._child is None) and stat.parent == os.getpid():
                 os.waitpid(proc.pid, os.WNOHANG)
+        if self._child is not None:
+            self._child.wait()
+
+
+def kill_marked(mark: bytes, groups: Sequence[Cgroup], spared: Sequence[EngineProcess]) -> list[int]:
+    """Kill every process with `mark` in its environment or in one of the groups, and what descends from it.
+
+    All but those of the engines in `spared`. Returns the pids of those killed. Blocks until they are gone, or for
+    `KILL_SECS`.
+    """
+    deadline = time.monotonic() + KILL_SECS
+    known: set[Proc] = set()
+    while time.monotonic() < deadline:
+        inside = frozenset(pid for group in groups for pid in group.pids())
+        found = proctable.members(_NOBODY, known, mark, inside, leads=False)
+        # Looked up after the others were found: what one of them has forked meanwhile is not among those.
+        kept = {proc for process in spared for proc in process.refresh(thorough=True)}
+        alive = [proc for proc, stat in found.items() if stat.alive and proc not in kept]
+        if not alive:
+            break
+        known.update(alive)
+        for proc in alive:
+            _send(proc, signal.SIGKILL)
+        _wait_gone(alive, min(deadline, time.monotonic() + 1.0))
+    for group in groups:
+        group.remove()
+    return sorted(proc.pid for proc in known)
 
 
 def _wait_gone(procs: Sequence[Proc], until: float) -> None:

@@ -82,18 +82,37 @@ def title(pid: int) -> str:
     return _read(f"{PROC}/{pid}/cmdline").replace(b"\0", b" ").decode("utf-8", "replace").strip()
 
 
-def members(leader: Proc, known: Collection[Proc], mark: bytes = b"") -> dict[Proc, Stat]:
+def has_mark(pid: int, mark: bytes) -> bool:
+    """Whether the process was started with `mark` in its environment, as far as it can be read."""
+    return mark in _read(f"{PROC}/{pid}/environ")
+
+
+def arguments(pid: int) -> tuple[str, ...]:
+    """The command line, argument by argument; empty if it cannot be read."""
+    return tuple(part.decode("utf-8", "replace") for part in _read(f"{PROC}/{pid}/cmdline").split(b"\0")[:-1])
+
+
+def boot_id() -> str:
+    """Which boot of the machine this is; empty if the kernel does not tell."""
+    return _read(f"{PROC}/sys/kernel/random/boot_id").decode().strip()
+
+
+def members(
+    leader: Proc, known: Collection[Proc], mark: bytes = b"", also: Collection[int] = (), leads: bool = True
+) -> dict[Proc, Stat]:
     """The processes of an engine, zombies included.
 
     They are: the leader, those in the leader's session or group, those known from before, those with `mark` in
-    their environment (not looked for if empty), and all descendants of any of these. The leader must not have
-    been reaped: until it is, the kernel gives its pid to no other process, session or group.
+    their environment (not looked for if empty), those whose pid is in `also`, and all descendants of any of these.
+    Until the leader is reaped, the kernel gives its pid to no other process, session or group; where it may have
+    been, `leads` is False and its number says nothing.
     """
     table = snapshot()
     ours: dict[int, Stat] = {}
     for pid, stat in table.items():
-        in_session = leader.pid in (pid, stat.session, stat.group)
-        if in_session or stat.proc in known or (mark and mark in _read(f"{PROC}/{pid}/environ")):
+        in_session = leads and leader.pid in (pid, stat.session, stat.group)
+        is_known = in_session or stat.proc in known or pid in also
+        if is_known or (mark and has_mark(pid, mark)):
             ours[pid] = stat
     children: dict[int, list[Stat]] = {}
     for stat in table.values():

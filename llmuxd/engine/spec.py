@@ -27,6 +27,9 @@ SOCKET_PATH_LIMIT = 107
 TOKEN_ENV = "LLMUX_ENGINE_TOKEN"
 """Marks every process of one incarnation, whatever session it moved to and whoever its parent is."""
 
+OWNER_ENV = "LLMUX_ENGINE_OF"
+"""Marks every process of every engine with the state folder of its daemon: what an earlier one left is found by it."""
+
 _ZMQ_NAME_BYTES = 40
 """vLLM names its ZMQ sockets by a UUID (36 characters) in VLLM_RPC_BASE_PATH."""
 
@@ -88,6 +91,8 @@ class EngineSpec:
     extra_args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     port: int | None = None
+    owner: str = ""
+    """The state folder of the daemon that it belongs to."""
 
     def __post_init__(self) -> None:
         if self.port is None and self._slug_room() < _DIGEST_LENGTH:
@@ -142,6 +147,7 @@ def engine_spec(config: Config, model: ModelConfig) -> EngineSpec:
         extra_args=tuple(model.extra_args),
         env=dict(model.env),
         port=model.port,
+        owner=str(config.state_dir),
     )
 
 
@@ -183,6 +189,7 @@ def build_env(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
     env.update(spec.env)
     env["VLLM_SERVER_DEV_MODE"] = "1"
     env["VLLM_RPC_BASE_PATH"] = str(spec.rpc_dir)
+    env[OWNER_ENV] = spec.owner
     return env
 
 

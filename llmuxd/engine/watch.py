@@ -32,17 +32,22 @@ _DEAD = {
 
 
 class Watch:
-    """Calls `on_death` once, with a sentence, when the engine is seen dead; never after `close`."""
+    """Calls `on_death` once, with a sentence, when the engine is seen dead; never after `close`.
+
+    `on_members` is called when the engine is found to have other processes than before.
+    """
 
     def __init__(
         self,
         process: EngineProcess,
         health: Callable[[float], Awaitable[Health]],
         on_death: Callable[[str], None],
+        on_members: Callable[[], None] = lambda: None,
     ) -> None:
         self._process = process
         self._health = health
         self._on_death: Callable[[str], None] | None = on_death
+        self._on_members = on_members
         self._look_now = asyncio.Event()
         self._probe_now = asyncio.Event()
         self._serving = False
@@ -98,7 +103,10 @@ class Watch:
             self._look_now.clear()
             self._look()
             if loop.time() >= next_scan:
+                before = self._process.members().keys()
                 await asyncio.to_thread(self._process.refresh)
+                if self._process.members().keys() != before:
+                    self._on_members()
                 next_scan = loop.time() + (SCAN_SECS if self._serving else STARTING_SCAN_SECS)
             await _sleep_or_set(LOOK_SECS, self._look_now)
 

@@ -9,6 +9,6 @@ what keeps its client waiting, and `handler` puts them together. When a request 
 from __future__ import annotations
 
 from llmuxd.proxy.connection import Site, serve_proxy
-from llmuxd.proxy.handler import build_proxy
+from llmuxd.proxy.handler import Limits, build_proxy
 
-__all__ = ["Site", "build_proxy", "serve_proxy"]
+__all__ = ["Limits", "Site", "build_proxy", "serve_proxy"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
@@ -100,21 +101,31 @@ class ClientConnection(web.RequestHandler):
 class Site:
     """A listening proxy."""
 
-    def __init__(self, runner: web.AppRunner, listener: asyncio.AbstractServer, port: int) -> None:
+    def __init__(self, runner: web.AppRunner, listeners: Sequence[asyncio.AbstractServer], port: int) -> None:
         self._runner = runner
-        self._listener = listener
+        self._listeners = listeners
         self.port = port
+
+    def stop_listening(self) -> None:
+        """Take no new connections. Those that there are go on."""
+        for listener in self._listeners:
+            listener.close()
 
     async def close(self) -> None:
         """Stop listening, let complete answers be written out for a moment, and close every connection."""
-        self._listener.close()
+        self.stop_listening()
         if self._runner.server is not None:
             await self._runner.server.shutdown(CLOSE_GRACE_SECS)
         await self._runner.cleanup()
 
 
-async def serve_proxy(app: web.Application, host: str, port: int) -> Site:
-    """Serve the proxy's application on a TCP port (0: any free one). Raises OSError if it is not to be had."""
+async def serve_proxy(
+    app: web.Application, host: str = "127.0.0.1", port: int = 0, *, sockets: Sequence[socket.socket] = ()
+) -> Site:
+    """Serve the proxy's application on a TCP port (0: any free one), or on `sockets` that are bound already.
+
+    Raises OSError if the port is not to be had.
+    """
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
@@ -126,9 +137,19 @@ async def serve_proxy(app: web.Application, host: str, port: int) -> Site:
             server, loop=loop, access_log=None, auto_decompress=False, keepalive_timeout=KEEPALIVE_SECS
         )
 
+    listeners: list[asyncio.AbstractServer] = []
     try:
-        listener = await loop.create_server(connect, host, port, backlog=BACKLOG)
+        if sockets:
+            for one in sockets:
+                listeners.append(await loop.create_server(connect, sock=one, backlog=BACKLOG))
+            bound = sockets[0]
+        else:
+            listener = await loop.create_server(connect, host, port, backlog=BACKLOG)
+            listeners.append(listener)
+            bound = listener.sockets[0]
     except BaseException:
+        for listening in listeners:
+            listening.close()
         await runner.cleanup()
         raise
-    return Site(runner, listener, listener.sockets[0].getsockname()[1])
+    return Site(runner, listeners, bound.getsockname()[1])

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -30,13 +31,20 @@ _NO_MODEL = "-"
 _VERSIONS = (HttpVersion10, HttpVersion11)
 
 
-def build_proxy(gate: Gate, *, max_body_bytes: int, metrics: Metrics, heartbeat_secs: float = 0.0) -> web.Application:
-    """The proxy's application; `serve_proxy` serves it. A larger body than `max_body_bytes` is a 413.
+@dataclass(slots=True)
+class Limits:
+    """What a request may be and how long its client may hear nothing. They may change at any time."""
 
-    A stream that is silent for `heartbeat_secs` is sent a comment; 0 for never.
-    """
+    max_body_bytes: int
+    """A larger body is a 413."""
+    heartbeat_secs: float = 0.0
+    """A stream that is silent for so long is sent a comment; 0 for never."""
+
+
+def build_proxy(gate: Gate, limits: Limits, metrics: Metrics) -> web.Application:
+    """The proxy's application; `serve_proxy` serves it."""
     engines = Engines()
-    proxy = _Proxy(gate, engines, max_body_bytes, metrics, heartbeat_secs)
+    proxy = _Proxy(gate, engines, limits, metrics)
 
     @web.middleware
     async def unroutable(
@@ -90,14 +98,11 @@ class _Call:
 
 
 class _Proxy:
-    def __init__(
-        self, gate: Gate, engines: Engines, max_body_bytes: int, metrics: Metrics, heartbeat_secs: float
-    ) -> None:
+    def __init__(self, gate: Gate, engines: Engines, limits: Limits, metrics: Metrics) -> None:
         self._gate = gate
         self._engines = engines
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
         self._metrics = metrics
-        self._heartbeat_secs = heartbeat_secs
         self._created = int(time.time())
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
@@ -156,7 +161,7 @@ class _Proxy:
         call.submitted(model)
         stream = stream and request.method == "POST" and way.path in STREAMED
         forwarded = Forwarded(request, call.id, model, body, stream)
-        relay = Relay(self._gate, self._engines, forwarded, self._heartbeat_secs)
+        relay = Relay(self._gate, self._engines, forwarded, self._limits.heartbeat_secs)
         try:
             return await relay.run()
         finally:
@@ -164,7 +169,7 @@ class _Proxy:
 
     async def _read(self, call: _Call) -> bytes:
         """The whole body, as the client sent it. Raises Rejected (413, 400)."""
-        request, limit = call.request, self._max_body_bytes
+        request, limit = call.request, self._limits.max_body_bytes
         too_large = Rejected(413, "body_too_large", f"the body is larger than {limit} bytes")
         pieces: list[bytes] = []
         size = request.content_length or 0

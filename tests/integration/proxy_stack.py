@@ -23,7 +23,7 @@ from llmuxd.core.switcher import Switcher
 from llmuxd.engine import Endpoint
 from llmuxd.gate import Gate, ServedModel
 from llmuxd.metrics import Metrics
-from llmuxd.proxy import Site, build_proxy, serve_proxy
+from llmuxd.proxy import Limits, Site, build_proxy, serve_proxy
 
 DEADLINE_SECS = 10.0
 MAX_BODY = 4 * 1024 * 1024
@@ -393,7 +393,7 @@ async def serving(
             for name in models
         }
         served = Stack(engines, switcher, set(holds))
-        app = build_proxy(served.gate, max_body_bytes=MAX_BODY, metrics=served.metrics, heartbeat_secs=heartbeat_secs)
+        app = build_proxy(served.gate, Limits(MAX_BODY, heartbeat_secs), served.metrics)
         served.site = await serve_proxy(app, "127.0.0.1", 0)
         try:
             yield served

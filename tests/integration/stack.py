@@ -100,22 +100,34 @@ class Daemon:
             "models": models,
         }
 
+    @property
+    def config_file(self) -> Path:
+        return self.home / "config.json"
+
+    def write_config(self) -> None:
+        """What the fields say, where the daemon reads it."""
+        self.config_file.write_text(json.dumps(self.config()))
+
+    @property
+    def _env(self) -> dict[str, str]:
+        folders = {"LLMUX_RUNTIME_DIR": str(self.home / "run"), "LLMUX_STATE_DIR": str(self.home / "state")}
+        return {**os.environ, **folders}
+
     def start(self, wait: bool = True) -> Daemon:
         """Start it on a free port, and wait until it serves."""
         self.port = free_port()
-        file = self.home / "config.json"
-        file.write_text(json.dumps(self.config()))
-        env = {
-            **os.environ,
-            "LLMUX_RUNTIME_DIR": str(self.home / "run"),
-            "LLMUX_STATE_DIR": str(self.home / "state"),
-        }
+        self.write_config()
         with self.log.open("ab") as log:
-            argv = [sys.executable, "-m", "llmuxd", "--config", str(file), "--log-level", "debug"]
-            self.process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            argv = [sys.executable, "-m", "llmuxd", "--config", str(self.config_file), "--log-level", "debug"]
+            self.process = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         if wait:
             until(self._serves, "llmuxd serves")
         return self
+
+    def llmuxd(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Another llmuxd with the same folders, to its end."""
+        argv = [sys.executable, "-m", "llmuxd", *words]
+        return subprocess.run(argv, env=self._env, capture_output=True, text=True, timeout=DEADLINE_SECS * 2)
 
     def _serves(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -179,6 +191,11 @@ class Daemon:
         """The API server, its EngineCore."""
         server = psutil.Process(self.model(model)["pid"])
         return server.pid, server.children()[0].pid
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon alone."""
+        self.process.kill()
+        self.process.wait(DEADLINE_SECS)
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""

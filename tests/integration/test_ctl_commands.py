@@ -326,7 +326,20 @@ def test_usage(ctl: Ctl) -> None:
     assert "Usage: " in ctl("switch").err
 
 
-WITH_EXAMPLES = ["status", "switch", "wake", "sleep", "stop", "warmup", "pin", "mode", "eviction", "logs", "reload", "doctor"]
+WITH_EXAMPLES = [
+    "status",
+    "switch",
+    "wake",
+    "sleep",
+    "stop",
+    "warmup",
+    "pin",
+    "mode",
+    "eviction",
+    "logs",
+    "reload",
+    "doctor",
+]
 
 
 def test_help_names_every_command_and_gives_examples(ctl: Ctl) -> None:

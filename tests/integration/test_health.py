@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -83,9 +84,24 @@ class Systemd:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         self._socket.settimeout(DEADLINE_SECS)
+        self.others: list[str] = []
 
     def next(self) -> str:
-        return self._socket.recv(4096).decode()
+        """The next message but for status lines and requests for more time, which are kept."""
+        while (message := self._read()) in self.others:
+            continue
+        return message
+
+    def until_status(self, text: str) -> None:
+        """Read on until there is a status line that begins like this."""
+        while not any(message.startswith(f"STATUS={text}") for message in self.others):
+            self._read()
+
+    def _read(self) -> str:
+        message = self._socket.recv(4096).decode()
+        if message.startswith(("STATUS=", "EXTEND_TIMEOUT_USEC=")):
+            self.others.append(message)
+        return message
 
     def close(self) -> None:
         self._socket.close()
@@ -116,6 +132,43 @@ def test_without_a_watchdog_there_are_no_pings(daemon, systemd, monkeypatch):
     stack.ask("a")
     assert stack.stop() == 0
     assert [systemd.next(), systemd.next()] == ["READY=1", "STOPPING=1"]
+
+
+def test_the_status_line_says_what_is_going_on(daemon, systemd):
+    stack = daemon("a", "b").start()
+    systemd.until_status("awake: none")
+    assert "EXTEND_TIMEOUT_USEC=30000000" in systemd.others, "it may take its time to start"
+    stack.ask("b")
+    stack.ask("a")
+    systemd.until_status("awake: a; asleep: 1")
+    stack.ctl("pin", "a")
+    systemd.until_status("awake: a; asleep: 1; pinned: a")
+
+
+def test_a_reload_is_told(daemon, systemd):
+    stack = daemon("a").start()
+    assert systemd.next() == "READY=1"
+    assert stack.ctl("reload").returncode == 0
+    stack.process.send_signal(signal.SIGHUP)
+    reloading = systemd.next()
+    assert reloading.startswith("RELOADING=1\nMONOTONIC_USEC=")
+    assert systemd.next() == "READY=1"
+
+
+def test_without_models_it_waits_quietly(daemon, systemd):
+    stack = daemon().start()
+    systemd.until_status("no models are configured: add some to the config and reload")
+    assert stack.get("/v1/models").json["data"] == []
+    assert stack.get("/health").status == 200
+    assert stack.ask("a").status == 404
+
+
+def test_a_handover_is_told_as_a_stop(daemon, systemd):
+    stack = daemon("a").start()
+    assert systemd.next() == "READY=1"
+    stack.process.send_signal(signal.SIGUSR2)
+    assert systemd.next() == "STOPPING=1"
+    assert stack.process.wait(20) == 75
 
 
 def test_a_watchdog_that_is_meant_for_another_process_is_left_alone(daemon, systemd, monkeypatch):

@@ -41,7 +41,7 @@ def policy(**values):
         ({"prot": 1}, "prot: unknown key; did you mean 'port'?"),
         ({"Warmup": True}, "Warmup: unknown key; did you mean 'warmup'?"),
         ({"model": {}}, "model: unknown key; did you mean 'models'?"),
-        ({"zzz": 1}, "zzz: unknown key; allowed: admin_port, checkpoint, control_socket, "),
+        ({"zzz": 1}, "zzz: unknown key; allowed: admin_port, checkpoint, control_read_group, control_socket, "),
         ({"zzz": None}, "zzz: unknown key; allowed: admin_port, "),
         ({"a key": 1}, '"a key": unknown key; '),
         ({"warnings": []}, "warnings: unknown key; "),

@@ -66,6 +66,7 @@ def test_env_keeps_what_is_the_daemons_from_the_engine() -> None:
         "X": "model",
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_RPC_BASE_PATH": "/run/llmux/engines/a.rpc",
+        "LLMUX_ENGINE_OF": "",
     }
 
 

@@ -19,10 +19,10 @@ from llmuxd.core.operator import Operator
 from llmuxd.core.requests import Requests
 from llmuxd.core.switcher import Switcher
 from llmuxd.core.switching import Switching
-from llmuxd.daemon import _ping_watchdog
 from llmuxd.gate import Refused
 from llmuxd.proxy import serve_proxy
 from llmuxd.runtime import JobResult, Runtime
+from llmuxd.service import Service
 
 SOON_SECS = 5.0
 
@@ -267,7 +267,7 @@ def test_a_stall_that_is_over_costs_no_ping_and_no_period_none(tmp_path, usec, p
         assert not runtime.self_check.alive()[0]
         notifier = Notifier()
         app: Any = type("App", (), {"runtime": runtime})
-        task = asyncio.create_task(_ping_watchdog(app, notifier, {"WATCHDOG_USEC": usec}))  # type: ignore[arg-type]
+        task = asyncio.create_task(Service({"WATCHDOG_USEC": usec}, notifier).ping_watchdog(app))
         await asyncio.sleep(0.02)
         task.cancel()
         return notifier.told
@@ -280,9 +280,7 @@ def test_the_watchdog_is_told_nothing_more_once_the_core_broke_and_the_log_says_
         runtime = Runtime(config(tmp_path))
         notifier = Notifier()
         app: Any = type("App", (), {"runtime": runtime})
-        task = asyncio.create_task(
-            _ping_watchdog(app, notifier, {"WATCHDOG_USEC": "10000"})  # type: ignore[arg-type]
-        )
+        task = asyncio.create_task(Service({"WATCHDOG_USEC": "10000"}, notifier).ping_watchdog(app))
         await asyncio.sleep(0.05)
         assert len(notifier.told) > 2
         runtime.self_check.failed("Tick()", RuntimeError("oh"))

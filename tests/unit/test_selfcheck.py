@@ -14,8 +14,8 @@ from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.requests import Requests
-from llmuxd.daemon import _ping_watchdog
 from llmuxd.runtime import Runtime
+from llmuxd.service import Service
 
 MODELS = {"models": {"a": {"model_path": "p"}, "b": {"model_path": "p"}}}
 
@@ -146,14 +146,14 @@ def test_systemd_is_told_only_while_the_scheduler_is_alive(tmp_path):
         app = build_app(parse_config({"metrics_port": 0}, environ={"LLMUX_RUNTIME_DIR": str(tmp_path)}))
         well, ill = Notifier(), Notifier()
         environ = {"WATCHDOG_USEC": "20000000"}
-        first = asyncio.create_task(_ping_watchdog(app, well, environ))  # type: ignore[arg-type]
+        first = asyncio.create_task(Service(environ, well).ping_watchdog(app))
         await asyncio.sleep(0)
         app.runtime.self_check.failed("Tick()", RuntimeError("oh"))
-        second = asyncio.create_task(_ping_watchdog(app, ill, environ))  # type: ignore[arg-type]
+        second = asyncio.create_task(Service(environ, ill).ping_watchdog(app))
         await asyncio.sleep(0)
         for task in (first, second):
             task.cancel()
-        await _ping_watchdog(app, ill, {})  # type: ignore[arg-type]
+        await Service({}, ill).ping_watchdog(app)
         return well.told, ill.told
 
     assert asyncio.run(run()) == (["WATCHDOG=1"], [])

@@ -1,0 +1,62 @@
+"""What an engine that an earlier daemon started is now: awake, asleep, or starting. Its own word counts.
+
+The record says what it was, or was about to be, when the earlier daemon last wrote. A daemon that was killed may have
+sent the call or not, and vLLM carries out what it was sent, so that an engine that was in between is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.events import FailureKind
+from llmuxd.core.eviction import EvictionPolicy, WeightStrategy
+from llmuxd.engine.api import Health, VllmApi
+from llmuxd.engine.errors import EngineError
+
+HEALTH_SECS = 5.0
+SETTLE_SECS = 30.0
+"""How long an engine that was falling asleep or waking may take to come to it."""
+_POLL_SECS = 0.1
+
+
+async def state_of(api: VllmApi, was: S, asleep_by: EvictionPolicy | None, *, can_park: bool, can_sleep: bool) -> S:
+    """AWAKE, ASLEEP (by `asleep_by`), or STARTING.
+
+    Raises EngineError if it does not answer, or cannot be trusted in what it is: it is to be stopped then.
+    """
+    health = await api.health(HEALTH_SECS)
+    if was is S.STARTING:
+        return S.AWAKE if health is Health.OK else S.STARTING
+    if health is not Health.OK:
+        raise EngineError(FailureKind.DIED, f"/health: {health.value}")
+    if was is S.STOPPING:
+        raise EngineError(FailureKind.DIED, "it was being stopped")
+    if not can_sleep:
+        return S.AWAKE
+    if asleep_by is not None and asleep_by.weights is WeightStrategy.RETAIN and not can_park:
+        # An old vLLM has no level 0: it sleeps by our word alone.
+        return S.ASLEEP if was in (S.ASLEEP, S.FALLING_ASLEEP) else S.AWAKE
+    wanted = was in (S.ASLEEP, S.FALLING_ASLEEP)
+    sleeping = await _settled(api, wanted, SETTLE_SECS if was in (S.FALLING_ASLEEP, S.WAKING) else 0.0)
+    if not sleeping:
+        if was is S.FALLING_ASLEEP:
+            # Where it waits for a request of its own accord, it may fall asleep at any time yet.
+            raise EngineError(FailureKind.TIMEOUT, "it was falling asleep, and does not")
+        return S.AWAKE
+    if asleep_by is None:
+        raise EngineError(FailureKind.LIED, "it sleeps, and nobody knows by which level")
+    if was is S.WAKING and asleep_by.weights is WeightStrategy.DISCARD:
+        raise EngineError(FailureKind.LIED, "it was left in the middle of getting its weights back")
+    return S.ASLEEP
+
+
+async def _settled(api: VllmApi, wanted: bool, seconds: float) -> bool:
+    """Whether it sleeps; if it is not yet as `wanted`, it is given that many seconds to be."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while True:
+        sleeping = await api.is_sleeping()
+        if sleeping is wanted or loop.time() >= deadline:
+            return sleeping
+        await asyncio.sleep(_POLL_SECS)

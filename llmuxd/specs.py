@@ -1,0 +1,73 @@
+"""From the config to what the core and the gate are told: models, settings, policy, names."""
+
+from __future__ import annotations
+
+from llmuxd.config import Config, PolicyConfig
+from llmuxd.core.policy import Policy
+from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
+from llmuxd.core.state import SwitchMode
+from llmuxd.core.switcher import Switcher
+from llmuxd.gate import ServedModel
+from llmuxd.policies import build_policy
+
+DEVICE = "gpu0"
+"""Until models are placed by memory there is one device, with room for one model."""
+
+
+def build_switcher(config: Config, now: float, mode: SwitchMode | None = None) -> Switcher:
+    """The core, as the config wants it, in the mode that an earlier daemon was left in. Raises PolicyBroken."""
+    mode = mode or SwitchMode()
+    if mode.pinned is not None and mode.pinned not in config.models:
+        mode = SwitchMode(manual=mode.manual)
+    return Switcher(model_specs(config), {DEVICE: 1}, settings_of(config), policy_of(config), now, mode)
+
+
+def model_specs(config: Config) -> tuple[ModelSpec, ...]:
+    """The models."""
+    return tuple(
+        ModelSpec(
+            name=model.name,
+            eviction=model.eviction,
+            placement=Placement(awake={DEVICE: 1}),
+            start_timeout=model.start_timeout_secs,
+            max_in_flight=model.max_in_flight,
+            max_queue=model.max_queue,
+            ttl=model.ttl_secs,
+            priority=model.priority,
+        )
+        for model in config.models.values()
+    )
+
+
+def settings_of(config: Config) -> Settings:
+    """The bounds."""
+    policy = config.policy
+    return Settings(
+        request_timeout=policy.request_timeout_secs,
+        in_flight=_in_flight_of(policy),
+        min_active=policy.min_active_secs,
+        sleep_timeout=config.sleep_timeout_secs,
+        wake_timeout=config.wake_timeout_secs,
+        stop_grace=config.stop_timeout_secs,
+        max_queue=config.max_queue,
+    )
+
+
+def policy_of(config: Config) -> Policy:
+    """The switching policy. Raises PolicyBroken."""
+    return build_policy(config.policy.policy_type, config.policy.parameters)
+
+
+def served_models(config: Config) -> list[ServedModel]:
+    """Every name that clients may use, aliases included."""
+    return [
+        ServedModel(name, model.name, model.model_path)
+        for model in config.models.values()
+        for name in (model.name, *model.aliases)
+    ]
+
+
+def _in_flight_of(policy: PolicyConfig) -> InFlight:
+    if not policy.drain_before_switch:
+        return InFlight.CUT
+    return policy.in_flight

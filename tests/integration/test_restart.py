@@ -1,0 +1,248 @@
+"""Engines outlive the daemon: kill -9, a handover, and what the next daemon finds and makes of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.integration.stack import Caller, Daemon, until
+
+SLOW_TOKENS = {"env": {"LLMUX_SIM_SCALE": "1", "LLMUX_SIM_TOKENS_PER_S": "50", "LLMUX_SIM_START_SECS": "0"}}
+SLOW_SLEEP = {
+    "env": {
+        "LLMUX_SIM_SCALE": "1",
+        "LLMUX_SIM_START_SECS": "0",
+        "LLMUX_SIM_LOAD_GIB_S": "1000",
+        "LLMUX_SIM_OFFLOAD_GIB_S": "4",
+    }
+}
+SLOW_START = {"env": {"LLMUX_SIM_SCALE": "0.25"}}
+"""5 s: the daemon is there again before it is over."""
+
+
+def identities(stack: Daemon) -> dict[str, tuple[int, float]]:
+    """Model -> pid and start of its API server."""
+    pids = {name: model["pid"] for name, model in stack.status()["models"].items() if model["pid"]}
+    return {name: (pid, psutil.Process(pid).create_time()) for name, pid in pids.items()}
+
+
+def states(stack: Daemon) -> dict[str, str]:
+    return {name: model["engine"] for name, model in stack.status()["models"].items()}
+
+
+def a_awake_b_asleep(daemon: Any, **more: Any) -> Daemon:
+    stack = daemon("a", "b", **more).start()
+    assert stack.ask("b").status == 200
+    assert stack.ask("a").status == 200
+    assert states(stack) == {"a": "awake", "b": "asleep"}
+    return stack
+
+
+class TestKilled:
+    def test_engines_are_adopted_as_they_are_and_serve_on(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        before = identities(stack)
+        stack.kill()
+        stack.start()
+        assert states(stack) == {"a": "awake", "b": "asleep"}
+        assert identities(stack) == before
+        assert stack.ask("a").status == 200
+        assert stack.ask("b").status == 200
+        assert states(stack) == {"a": "asleep", "b": "awake"}
+        assert identities(stack) == before
+
+    def test_several_times_over(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        before = identities(stack)
+        for model in "abab":
+            stack.kill()
+            stack.start()
+            assert stack.ask(model).status == 200
+            assert identities(stack) == before
+        assert stack.stop() == 0
+
+    def test_an_adopted_engine_is_stopped_like_any_other(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        processes = stack.tree()
+        stack.kill()
+        stack.start()
+        assert stack.stop() == 0
+        assert not any(_runs(process.pid) for process in processes)
+        assert json.loads((stack.home / "state" / "engines.json").read_text())["engines"] == {}
+
+    def test_an_adopted_engine_that_dies_is_noticed_and_started_again(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        stack.kill()
+        stack.start()
+        pid, core = stack.engine_pids("a")
+        psutil.Process(core).kill()
+        until(lambda: stack.model("a")["pid"] != pid, "its death is noticed")
+        assert stack.ask("a").status == 200
+        assert not _runs(pid)
+
+    def test_engines_that_died_meanwhile_are_cleaned_up(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        server, core = stack.engine_pids("a")
+        stack.kill()
+        psutil.Process(server).kill()
+        assert psutil.Process(core).is_running(), "it holds the memory"
+        stack.start()
+        assert states(stack) == {"a": "not_started", "b": "asleep"}
+        assert not _runs(core)
+        assert stack.ask("a").status == 200
+
+    def test_one_that_was_falling_asleep_is_waited_for(self, daemon):
+        stack = a_awake_b_asleep(daemon, a=SLOW_SLEEP)
+        before = identities(stack)
+        waiting = Caller(lambda: stack.ask("b"))
+        until(lambda: states(stack)["a"] == "falling_asleep", "it falls asleep")
+        stack.kill()
+        waiting.join()
+        stack.start()
+        assert states(stack) == {"a": "asleep", "b": "asleep"}
+        assert identities(stack) == before
+
+    def test_one_that_was_starting_goes_on(self, daemon):
+        stack = daemon(a=SLOW_START).start()
+        waiting = Caller(lambda: stack.ask("a"))
+        until(lambda: stack.model("a")["pid"], "it starts")
+        before = identities(stack)
+        stack.kill()
+        waiting.join()
+        stack.start()
+        assert states(stack) == {"a": "starting"}
+        assert stack.ask("a").status == 200
+        assert identities(stack) == before
+
+    def test_one_that_nobody_came_to_note_is_ended(self, daemon):
+        stack = daemon("a").start()
+        assert stack.ask("a").status == 200
+        processes = stack.tree()
+        stack.kill()
+        (stack.home / "state" / "engines.json").unlink()
+        stack.start()
+        assert not any(_runs(process.pid) for process in processes)
+        assert stack.ask("a").status == 200
+
+    def test_a_state_file_that_is_damaged_is_put_aside(self, daemon):
+        stack = daemon("a").start()
+        assert stack.ask("a").status == 200
+        pid = stack.model("a")["pid"]
+        stack.kill()
+        file = stack.home / "state" / "engines.json"
+        file.write_text(file.read_text()[:-20])
+        stack.start()
+        assert states(stack) == {"a": "not_started"}
+        assert not _runs(pid)
+        assert "cannot be understood" in stack.log.read_text()
+        assert (stack.home / "state" / "engines.unreadable").exists()
+
+    def test_one_whose_config_has_changed_is_stopped_when_it_is_idle(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        before = identities(stack)
+        stack.kill()
+        stack.models["b"]["extra_args"] = ["--max-model-len", "256"]
+        stack.start()
+        until(lambda: states(stack) == {"a": "awake", "b": "not_started"}, "b is idle, and stopped")
+        assert stack.ask("b").status == 200
+        after = identities(stack)
+        assert after["a"] == before["a"]
+        assert after["b"] != before["b"]
+
+    def test_one_that_is_not_in_the_config_any_more_is_ended(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        pid = stack.model("b")["pid"]
+        stack.kill()
+        del stack.models["b"]
+        stack.start()
+        assert states(stack) == {"a": "awake"}
+        assert not _runs(pid)
+
+    def test_the_mode_is_kept(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        assert stack.ctl("pin", "a").returncode == 0
+        stack.kill()
+        stack.start()
+        assert stack.ask("b").status == 503
+        assert stack.status()["pinned"] == "a"
+
+    def test_without_a_daemon_the_engines_can_be_ended(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        processes = stack.tree()
+        stack.kill()
+        done = stack.llmuxd("--stop-engines")
+        assert (done.returncode, done.stdout) == (0, "2 engines ended\n")
+        assert not any(_runs(process.pid) for process in processes)
+        assert stack.llmuxd("--stop-engines").stdout == "no engines are there\n"
+        assert list((stack.home / "run" / "engines").iterdir()) == []
+
+
+class TestHandOver:
+    def test_streams_that_end_in_time_end_well_and_the_next_daemon_goes_on(self, daemon):
+        stack = daemon("b", a=SLOW_TOKENS).start()
+        assert stack.ask("a").status == 200
+        before = identities(stack)
+        events = stack.stream("a", tokens=60).events()
+        next(events)
+        stack.process.send_signal(signal.SIGUSR2)
+        waiting = Caller(lambda: list(events))
+        assert stack.process.wait(20) == 75
+        waiting.join()
+        assert waiting.error is None
+        stack.start()
+        assert identities(stack) == before
+        assert stack.ask("a").status == 200
+
+    def test_what_waits_for_another_model_is_served_before_it_ends(self, daemon):
+        stack = daemon("b", a=SLOW_TOKENS).start()
+        assert stack.ask("a").status == 200
+        events = stack.stream("a", tokens=60).events()
+        next(events)
+        waiting = Caller(lambda: stack.ask("b"))
+        until(lambda: stack.model("b")["queued"] == 1, "b waits")
+        stack.process.send_signal(signal.SIGUSR2)
+        assert list(events)[-1] == "[DONE]"
+        assert waiting.result().status == 200
+        assert stack.process.wait(20) == 75
+        stack.start()
+        assert states(stack)["b"] == "awake"
+
+    def test_what_does_not_end_in_time_is_cut(self, daemon):
+        stack = daemon("b", top={"shutdown_timeout_secs": 0.3}, a=SLOW_TOKENS).start()
+        assert stack.ask("a").status == 200
+        stream = stack.stream("a", tokens=5000)
+        events = stream.events()
+        next(events)
+        began = time.monotonic()
+        stack.process.send_signal(signal.SIGUSR2)
+        with pytest.raises(Exception):  # noqa: B017, PT011  # However the client's HTTP calls it.
+            assert "[DONE]" not in list(events)
+            raise ConnectionError
+        assert stack.process.wait(20) == 75
+        assert time.monotonic() - began < 10
+        stack.start()
+        assert states(stack)["a"] == "awake"
+        assert stack.ask("a").status == 200
+
+    def test_sigterm_stops_the_engines_after_all(self, daemon):
+        stack = daemon("b", a=SLOW_TOKENS).start()
+        assert stack.ask("a").status == 200
+        processes = stack.tree()
+        stream = stack.stream("a", tokens=5000)
+        next(stream.events())
+        stack.process.send_signal(signal.SIGUSR2)
+        until(lambda: stack.status()["state"] == "handing over", "it hands over")
+        assert stack.stop() == 0
+        assert not any(_runs(process.pid) for process in processes)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
