@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
 
+STDERR = 2
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -23,9 +23,9 @@ def set_up(level: str, environ: Mapping[str, str] = os.environ) -> None:
         logging.basicConfig(level=level.upper(), handlers=[journal], format="%(message)s")
 
 
-def _journal_handler(environ: Mapping[str, str]) -> logging.Handler | None:
+def _journal_handler(environ: Mapping[str, str], descriptor: int = STDERR) -> logging.Handler | None:
     """If standard error is the journal, and python3-systemd is there."""
-    if not is_journal(environ.get("JOURNAL_STREAM", "")):
+    if not is_journal(environ.get("JOURNAL_STREAM", ""), descriptor):
         return None
     try:
         from systemd.journal import JournalHandler
@@ -35,11 +35,11 @@ def _journal_handler(environ: Mapping[str, str]) -> logging.Handler | None:
     return handler
 
 
-def is_journal(stream: str) -> bool:
-    """Whether standard error is the stream that systemd names (DEVICE:INODE, see systemd.exec(5))."""
+def is_journal(stream: str, descriptor: int = STDERR) -> bool:
+    """Whether the descriptor is the stream that systemd names (DEVICE:INODE, see systemd.exec(5))."""
     try:
-        found = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError):
+        found = os.fstat(descriptor)
+    except OSError:
         return False
     return stream == f"{found.st_dev}:{found.st_ino}"
 
