@@ -28,9 +28,9 @@ def one_line(change: dict[str, Any] | str) -> str:
         return clean(change)
     kind = change.get("change")
     if kind == "added":
-        what = f"added, {_value(change.get('new'))}"
+        what = "added" + ("" if change.get("new") is None else f", {_value(change['new'])}")
     elif kind == "removed":
-        what = f"removed, was {_value(change.get('old'))}"
+        what = "removed" + ("" if change.get("old") is None else f", was {_value(change['old'])}")
     else:
         what = f"{_value(change.get('old'))} -> {_value(change.get('new'))}"
     return clean(f"{change['path']}: {what} ({_when(change)})")
@@ -44,10 +44,17 @@ def show_changes(file: str, changes: Sequence[dict[str, Any]]) -> None:
     print(f"{clean(file)}: a reload would make {_count(len(changes), 'change')}")
     for change in changes:
         print(f"\n{_styled(clean(change['path']), bold=True)}  ({_when(change)})")
-        if change.get("change") != "added":
-            print(_styled(f"  - {clean(_value(change.get('old')))}", fg="red"))
-        if change.get("change") != "removed":
-            print(_styled(f"  + {clean(_value(change.get('new')))}", fg="green"))
+        kind = change.get("change")
+        if kind != "added":
+            print(_styled(f"  - {_side(change, 'old')}", fg="red"))
+        if kind != "removed":
+            print(_styled(f"  + {_side(change, 'new')}", fg="green"))
+
+
+def _side(change: dict[str, Any], side: str) -> str:
+    """The value on one side of a change. A table as a whole comes and goes without one."""
+    whole = change.get("change") != "changed" and change.get(side) is None
+    return str(change["change"]) if whole else clean(_value(change.get(side)))
 
 
 def _when(change: dict[str, Any]) -> str:

@@ -65,6 +65,8 @@ def group(context: click.Context, socket: str, as_json: bool) -> None:
 for _command in (
     seeing.status,
     seeing.logs,
+    seeing.events,
+    seeing.top,
     seeing.version,
     doing.switch,
     doing.wake,

@@ -6,7 +6,7 @@ import http.client
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,13 @@ class Client:
                 yield step
                 if "result" in step:
                     return
+            raise _broken_off()
+
+    def lines(self, call: str) -> Generator[dict[str, Any], None, None]:
+        """The objects that a GET answers, a line each, as they come. Raises Failed when the daemon ends."""
+        with self._answer("GET", call, endless=True) as answer:
+            for line in answer:
+                yield _json(line)
             raise _broken_off()
 
     def chunks(self, call: str) -> Iterator[bytes]:

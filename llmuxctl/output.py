@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
@@ -48,17 +49,28 @@ def duration(seconds: float) -> str:
 def show_status(status: dict[str, Any]) -> None:
     """Print the daemon's status for a human."""
     models = status["models"]
-    print("\n".join(clean(line) for line in _headlines(status)))
+    print("\n".join(headlines(status)))
     if not models:
         print("No models are configured.")
         return
-    rows = [_model_row(name, model) for name, model in models.items()]
-    errors = {clean(name): _one_line(model["last_error"]) for name, model in models.items()}
+    rows = [model_row(name, model) for name, model in models.items()]
+    errors = {clean(name): first_line(model["last_error"]) for name, model in models.items()}
     print()
     if sys.stdout.isatty():
         _show_on_terminal(rows, errors)
     else:
         plain_table((*MODEL_COLUMNS, "LAST ERROR"), [[*row, errors[row[0]] or "-"] for row in rows])
+
+
+def event_line(event: dict[str, Any], now: float) -> str:
+    """An event for a human: when, and the sentence that it has."""
+    text = event.get("text") or " ".join(f"{key}={value}" for key, value in event.items())
+    return f"{time.strftime('%H:%M:%S', time.localtime(now))}  {clean(text)}"
+
+
+def headlines(status: dict[str, Any]) -> list[str]:
+    """What the status says above its table."""
+    return [clean(line) for line in _headlines(status)]
 
 
 def _headlines(status: dict[str, Any]) -> Iterator[str]:
@@ -82,7 +94,8 @@ def _headlines(status: dict[str, Any]) -> Iterator[str]:
         yield f"{device['name']}: {device['used']} of {device['capacity']} used" + (f" ({users})" if users else "")
 
 
-def _model_row(name: str, model: dict[str, Any]) -> list[str]:
+def model_row(name: str, model: dict[str, Any]) -> list[str]:
+    """The cells of a model."""
     state = model["engine"]
     if model.get("asleep_by"):
         state += f" ({model['asleep_by']})"
@@ -101,7 +114,7 @@ def _model_row(name: str, model: dict[str, Any]) -> list[str]:
     return [clean(cell) for cell in cells]
 
 
-def _one_line(error: str | None) -> str:
+def first_line(error: str | None) -> str:
     lines = (error or "").strip().splitlines()
     return clean(lines[0]) if lines else ""
 
@@ -113,7 +126,8 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _console(stderr: bool = False) -> Console:
+def console(stderr: bool = False) -> Console:
+    """Rich's, as the environment wants it."""
     from rich.console import Console
 
     return Console(stderr=stderr, no_color=bool(os.environ.get("NO_COLOR")), highlight=False)
@@ -123,19 +137,26 @@ def _show_on_terminal(rows: Sequence[Sequence[str]], errors: dict[str, str]) -> 
     """A table, its cells broken into lines if it must be narrow; a paragraph per model if even that is too wide."""
     from rich.text import Text
 
-    console = _console()
-    for layout in ((MODEL_COLUMNS, rows), _narrow(rows)):
-        if _width(*layout) <= console.width:
-            _rich_table(console, *layout)
-            break
+    screen = console()
+    table = fitting_table(rows, screen.width)
+    if table is not None:
+        screen.print(table)
     else:
         for name, state, in_flight, queued, eviction, pid, since in rows:
-            console.print(Text.assemble((name, "bold"), ": ", (state, _colour_of(state))), soft_wrap=True)
+            screen.print(Text.assemble((name, "bold"), ": ", (state, _colour_of(state))), soft_wrap=True)
             line = f"  {in_flight} in flight, {queued} queued, {eviction}, pid {pid}, since {since}"
-            console.print(Text(line), soft_wrap=True)
+            screen.print(Text(line), soft_wrap=True)
     for name, error in errors.items():
         if error:
-            console.print(Text.assemble("last error of ", (name, "bold"), ": ", (error, "red")), soft_wrap=True)
+            screen.print(Text.assemble("last error of ", (name, "bold"), ": ", (error, "red")), soft_wrap=True)
+
+
+def fitting_table(rows: Sequence[Sequence[str]], width: int) -> Table | None:
+    """The table of the models, as wide as it can be; None if even the narrow one does not fit."""
+    for layout in ((MODEL_COLUMNS, rows), _narrow(rows)):
+        if _width(*layout) <= width:
+            return _rich_table(*layout)
+    return None
 
 
 def _narrow(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
@@ -153,7 +174,7 @@ def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     )
 
 
-def _rich_table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -164,7 +185,7 @@ def _rich_table(console: Console, columns: Sequence[str], rows: Sequence[Sequenc
         cells = [Text(cell) for cell in row]
         cells[1].stylize(_colour_of(row[1]))
         table.add_row(*cells)
-    console.print(table)
+    return table
 
 
 def _colour_of(state: str) -> str:
@@ -183,7 +204,7 @@ class Progress:
             from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
             columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-            self._live = Bar(*columns, console=_console(stderr=True), transient=True)
+            self._live = Bar(*columns, console=console(stderr=True), transient=True)
             self._live.start()
             self._task = self._live.add_task("waiting", total=None)
         return self

@@ -55,7 +55,8 @@ def _tell(steps: Iterator[dict[str, Any]]) -> dict[str, Any]:
     last: dict[str, Any] = {}
     with Progress() as progress:
         for last in steps:
-            if "result" not in last:
+            # Changes of the config are in the result, too, where they are told in full.
+            if "result" not in last and last.get("event") != "change":
                 progress.step(last["text"])
     return last
 

@@ -339,6 +339,8 @@ WITH_EXAMPLES = [
     "logs",
     "reload",
     "doctor",
+    "events",
+    "top",
 ]
 
 

@@ -15,12 +15,14 @@ CHANGES = [
     {"path": "models.new", "change": "added", "old": None, "new": {"model_path": "/m"}, "effect": "now"},
     {"path": "models.old", "change": "removed", "old": {"model_path": "/o"}, "new": None, "effect": "now"},
     {"path": "models.qwen.extra_args", "change": "changed", "old": ["-a"], "new": ["-b"], "effect": "when idle"},
+    {"path": "models.whole", "change": "removed", "old": None, "new": None, "effect": "when idle"},
     {"path": "port", "change": "changed", "old": 3000, "new": 3001, "effect": "restart"},
 ]
 LINES = [
     'models.new: added, {"model_path": "/m"} (at once)',
     'models.old: removed, was {"model_path": "/o"} (at once)',
     'models.qwen.extra_args: ["-a"] -> ["-b"] (when its engine is idle)',
+    "models.whole: removed (when its engine is idle)",
     "port: 3000 -> 3001 (only with a restart of llmuxd)",
 ]
 PROBLEMS = ["/etc/llmux/llmux.toml: prt: unknown key", "/etc/llmux/llmux.toml: port: found \x1b[31m"]
@@ -42,7 +44,8 @@ def _diff(changes: list[Any], problems: list[str]) -> tuple[int, Any]:
 
 
 def test_a_reload_tells_each_change(served: Daemon, ctl: Callable[..., Said]) -> None:
-    steps = [{"event": "reload", "text": "reading"}, {"result": "ok", "message": "reloaded", "changes": CHANGES}]
+    told = {"event": "change", "text": "port is changed"}
+    steps = [{"event": "reload", "text": "reading"}, told, {"result": "ok", "message": "reloaded", "changes": CHANGES}]
     served.answers["POST reload"] = (200, steps)
     said = ctl("reload")
     assert (said.code, said.out.splitlines(), said.err) == (0, [*LINES, "reloaded"], "reading\n")
@@ -65,10 +68,11 @@ def test_a_diff_reads_like_one(served: Daemon, ctl: Callable[..., Said]) -> None
     said = ctl("config", "diff")
     assert (said.code, said.err) == (0, "")
     assert said.out == (
-        "/etc/llmux/llmux.toml: a reload would make 4 changes\n"
+        "/etc/llmux/llmux.toml: a reload would make 5 changes\n"
         '\nmodels.new  (at once)\n  + {"model_path": "/m"}\n'
         '\nmodels.old  (at once)\n  - {"model_path": "/o"}\n'
         '\nmodels.qwen.extra_args  (when its engine is idle)\n  - ["-a"]\n  + ["-b"]\n'
+        "\nmodels.whole  (when its engine is idle)\n  - removed\n"
         "\nport  (only with a restart of llmuxd)\n  - 3000\n  + 3001\n"
     )
     assert json.loads(ctl("config", "diff", "--json").out) == served.answers["GET config/diff"][1]
@@ -96,10 +100,10 @@ def test_colours_only_on_a_terminal_that_wants_them(
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    show_changes("f", CHANGES[3:])
+    show_changes("f", CHANGES[-1:])
     assert "\x1b[31m  - 3000\x1b[0m" in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
-    show_changes("f", CHANGES[3:])
+    show_changes("f", CHANGES[-1:])
     assert "\x1b" not in capsys.readouterr().out
 
 

@@ -151,9 +151,9 @@ def _on_terminal(width: int, monkeypatch: pytest.MonkeyPatch, models: dict[str, 
     def console(stderr: bool = False) -> Console:
         return Console(file=written, force_terminal=True, width=width, color_system="standard", highlight=False)
 
-    monkeypatch.setattr(output, "_console", console)
-    rows = [output._model_row(name, model) for name, model in models.items()]
-    errors = {clean(name): output._one_line(model["last_error"]) for name, model in models.items()}
+    monkeypatch.setattr(output, "console", console)
+    rows = [output.model_row(name, model) for name, model in models.items()]
+    errors = {clean(name): output.first_line(model["last_error"]) for name, model in models.items()}
     output._show_on_terminal(rows, errors)
     return written.getvalue()
 
@@ -188,6 +188,6 @@ def test_states_have_their_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    assert output._console().no_color
+    assert output.console().no_color
     monkeypatch.setenv("NO_COLOR", "")
-    assert not output._console().no_color
+    assert not output.console().no_color
