@@ -81,7 +81,7 @@ def diff(session: Session) -> None:
     elif problems:
         for problem in problems:
             print(clean(problem), file=sys.stderr)
-        print("A reload would change nothing, since the configuration is bad.", file=sys.stderr)
+        print("A reload would change nothing.", file=sys.stderr)
     else:
         show_changes(answer["file"], answer["changes"])
     if problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmuxctl.doctor.finding import GIB, Finding, fail, listed, ok, size, skipped, warn
+from llmuxctl.doctor.finding import GIB, Finding, count, fail, listed, ok, size, skipped, warn
 from llmuxctl.doctor.situation import Situation
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def ram(there: Situation) -> Finding:
     total = _meminfo(there, "MemTotal")
     if total is None:
         return skipped("/proc/meminfo cannot be read")
+    if there.config is None:
+        return skipped(f"{size(total)}; the config does not say what sleeps in it")
     sizes = [_weights(there, model) for model in _offloaded(there)]
     known = [each for each in sizes if each is not None]
     found = f"{size(total)}"
@@ -130,9 +132,9 @@ def ram(there: Situation) -> Finding:
         return ok(f"{found}; no model sleeps in it")
     unknown = f", and {len(sizes) - len(known)} of unknown size" if len(known) < len(sizes) else ""
     if not known:
-        return ok(f"{found}; {len(sizes)} models of unknown size sleep in it")
+        return ok(f"{found}; {count(len(sizes), 'model')} of unknown size asleep in it")
     needed = sum(known)
-    found += f"; {len(known)} models with {size(needed)} of weights sleep in it{unknown}"
+    found += f"; {count(len(known), 'model')} with {size(needed)} of weights asleep in it{unknown}"
     advice = 'Give the largest, or those least used, eviction = "discard+keep_running": no host memory, a slower wake.'
     if needed > total:
         return fail(found, advice)

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from llmuxctl.doctor.finding import Finding, Status, fail, listed, ok, skipped, warn
+from llmuxctl.doctor.finding import Finding, Status, count, fail, listed, ok, skipped, warn
 from llmuxctl.doctor.situation import UNIT, Situation, group_number, name_of
 from llmuxctl.output import duration
 from llmuxd.protocol import CONTROL_GROUP, Exit
@@ -26,12 +26,14 @@ def config(there: Situation) -> Finding:
     if any(_UNREADABLE in problem for problem in there.problems):
         return skipped(f"{name_of(there.box.uid)} may not read {there.config_path}", "As root, doctor sees it.")
     if there.config is None:
-        return fail(f"{len(there.problems)} problems in {there.config_path}", "\n".join(there.problems))
+        return fail(f"{count(len(there.problems), 'problem')} in {there.config_path}", "\n".join(there.problems))
     if there.problems:
         return fail(f"no {there.config_path}", "Begin with the example, etc/llmux.toml; or name yours: --config FILE")
     if there.config.warnings:
-        return warn(f"{there.config_path}: {len(there.config.models)} models", "\n".join(there.config.warnings))
-    return ok(f"{there.config_path}: {len(there.config.models)} models, no errors")
+        return warn(
+            f"{there.config_path}: {count(len(there.config.models), 'model')}", "\n".join(there.config.warnings)
+        )
+    return ok(f"{there.config_path}: {count(len(there.config.models), 'model')}, no errors")
 
 
 def unit(there: Situation) -> Finding:

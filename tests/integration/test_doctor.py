@@ -259,7 +259,7 @@ def test_host_memory(made: Made) -> None:
     _is(resources.ram(made.there(_models(c={"eviction": "discard+stop"}))), Status.OK, "no model sleeps in it")
     for gibibytes, status in ((2, Status.OK), (5, Status.WARN), (9, Status.FAIL)):
         os.truncate(made.file("/srv/a/model.safetensors"), gibibytes << 30)
-        _is(resources.ram(made.there(models)), status, f"1 models with {gibibytes}.0 GiB", "1 of unknown size")
+        _is(resources.ram(made.there(models)), status, f"1 model with {gibibytes}.0 GiB", "1 of unknown size")
 
 
 @pytest.mark.parametrize(("free", "status"), [(100, Status.OK), (10, Status.WARN), (0.01, Status.FAIL)])
@@ -330,7 +330,7 @@ def test_io_uring(made: Made) -> None:
 
 
 def test_config(made: Made) -> None:
-    _is(service.config(made.there(_models(a={}))), Status.OK, "1 models")
+    _is(service.config(made.there(_models(a={}))), Status.OK, "1 model, no errors")
     _is(service.config(made.there({"admin_port": 1})), Status.WARN, "admin_port")
     _is(service.config(made.there(problems=("it is not there",))), Status.FAIL, "no /etc/llmux/llmux.toml")
     bad = replace(made.there(), config=None, problems=("one", "two"))
