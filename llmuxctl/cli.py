@@ -12,9 +12,10 @@ from typing import Any
 
 import click
 
+from llmuxctl.client import Failed
 from llmuxctl.commands import config, doctor, doing, seeing
 from llmuxctl.session import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Session
-from llmuxd.protocol import CONTROL_SOCKET_ENV, default_control_socket
+from llmuxd.protocol import CONTROL_SOCKET_ENV, Exit, default_control_socket
 from llmuxd.version import __version__
 
 
@@ -27,9 +28,17 @@ class _Group(click.Group):
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
-            # Python would stumble over it again when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _write_no_more()
             ctx.exit(EXIT_BROKEN_PIPE)
+        except OSError as error:
+            # What a command does not expect is its output: a full disk, a terminal that is gone.
+            _write_no_more()
+            raise Failed(Exit.FAILED, f"llmuxctl: {error.strerror or error}") from None
+
+
+def _write_no_more() -> None:
+    """Python would stumble over the output again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

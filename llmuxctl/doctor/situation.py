@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 DAEMON_SECS = 5.0
 UNIT = "llmuxd.service"
 UNIT_PROPERTIES = (
-    "LoadState,ActiveState,SubState,UnitFileState,MainPID,User,SupplementaryGroups,Environment,"
+    "LoadState,ActiveState,SubState,UnitFileState,MainPID,User,SupplementaryGroups,Environment,EnvironmentFiles,"
     "LimitMEMLOCK,SystemCallFilter,ProtectHome,StatusText"
 )
 _PATH_OF_UNITS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -179,9 +180,18 @@ def _environ(box: Box, pid: int | None, unit: Mapping[str, str]) -> dict[str, st
     if raw:
         return dict(pair.partition("=")[::2] for pair in raw.split("\0") if "=" in pair)
     if unit:
-        try:
-            pairs = shlex.split(unit.get("Environment", ""))
-        except ValueError:
-            pairs = []
-        return {"PATH": _PATH_OF_UNITS, **dict(pair.partition("=")[::2] for pair in pairs)}
+        found = {"PATH": _PATH_OF_UNITS, **_pairs(unit.get("Environment", ""))}
+        for file in re.findall(r"(/\S+) \(ignore_errors", unit.get("EnvironmentFiles", "")):
+            for line in (box.read(file) or "").splitlines():
+                found.update(_pairs(line) if not line.lstrip().startswith(("#", ";")) else {})
+        return found
     return dict(box.environ)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """NAME=value, quoted as in a shell where it has blanks."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return {}
+    return dict(word.partition("=")[::2] for word in words if "=" in word)

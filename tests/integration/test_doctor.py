@@ -435,9 +435,12 @@ def test_the_situation_of_a_unit_that_does_not_run(made: Made, tmp_path: Path) -
         "/usr/bin/systemctl",
         'case "$2" in\n'
         "*.socket) echo 'Listen=127.0.0.1:3000 (Stream)';;\n"
-        "*) echo LoadState=loaded; echo MainPID=0; echo User=root; echo 'Environment=HF_HOME=/hf \"A=b c\"';;\nesac",
+        "*) echo LoadState=loaded; echo MainPID=0; echo User=root; echo 'Environment=HF_HOME=/hf \"A=b c\"'; "
+        "echo 'EnvironmentFiles=/etc/default/llmuxd (ignore_errors=yes)';;\nesac",
     )
+    made.file("/etc/default/llmuxd", "# HF_HOME=/no\nHF_TOKEN='x y'\nHF_HUB_OFFLINE=1\n\"\n")
     there = look(made.box, str(tmp_path / "none"), tmp_path / "none.toml")
+    assert (there.environ["HF_TOKEN"], there.environ["HF_HUB_OFFLINE"]) == ("x y", "1")
     assert (there.by_unit, there.user.uid, there.pid, there.unit["Listen"]) == (
         True,
         0,
