@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,9 @@ async def adopt_engines(runtime: Runtime, entries: dict[str, Entry]) -> None:
         runtime.adopting.discard(one.name)
         runtime.note(one.name)
     kept = [one.engine.process for one in found if one.state is not None and one.engine.process is not None]
-    await asyncio.to_thread(_kill_strays, runtime.config.state_dir, kept)
+    own = delegated()
+    folders = _folders_of(found) | ({own} if own is not None else set())
+    await asyncio.to_thread(_kill_strays, runtime.config.state_dir, kept, folders)
 
 
 async def stop_engines(state_dir: Path, grace: float) -> int:
@@ -96,7 +98,7 @@ async def stop_engines(state_dir: Path, grace: float) -> int:
     for outcome in await asyncio.gather(*stops, return_exceptions=True):
         if isinstance(outcome, BaseException):
             raise outcome
-    strays = await asyncio.to_thread(_kill_strays, state_dir, ())
+    strays = await asyncio.to_thread(_kill_strays, state_dir, (), _folders_of(found))
     for one in found:
         book.drop(one.name)
     await book.flush()
@@ -134,12 +136,16 @@ async def _stop_all(found: Iterable[_Found]) -> None:
             log.error("an engine of an earlier daemon could not be ended: %s", outcome)
 
 
-def _kill_strays(state_dir: Path, spared: Sequence[EngineProcess]) -> list[int]:
+def _folders_of(found: Iterable[_Found]) -> set[Path]:
+    """Where the engines' control groups are."""
+    return {Path(one.entry.record.cgroup).parent for one in found if one.entry.record.cgroup is not None}
+
+
+def _kill_strays(state_dir: Path, spared: Sequence[EngineProcess], folders: Collection[Path]) -> list[int]:
     """Kill what an earlier daemon started and did not come to note. Blocks."""
     mark = f"{OWNER_ENV}={state_dir}\0".encode()
-    folder = delegated()
     ours = {process.cgroup.path for process in spared if process.cgroup is not None}
-    groups = [] if folder is None else [group for group in engines_in(folder) if group.path not in ours]
+    groups = [group for folder in sorted(folders) for group in engines_in(folder) if group.path not in ours]
     killed = kill_marked(mark, groups, spared)
     if killed:
         log.warning("processes that an earlier daemon has left were killed: %s", ", ".join(map(str, killed)))

@@ -209,6 +209,7 @@ async def _end_when_asked(app: App, signals: _Signals, service: Service) -> Endi
             log.info("making way for the next daemon: finishing what is in flight for at most %g s", bound)
             if signals.site is not None:
                 signals.site.stop_listening()
+                await signals.site.settle()
             closing = asyncio.create_task(app.hand_over(bound))
         else:
             log.info("stopping: finishing what is in flight for at most %g s", bound)

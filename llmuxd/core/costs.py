@@ -59,7 +59,7 @@ class Rate:
 
 WINDOW_SECS = 60.0
 
-UNMEASURED = {"start": CAP_SECS, "wake": 5.0, "sleep": 5.0, "stop": 5.0}
+UNMEASURED = {"start": CAP_SECS, "wake": 5.0, "sleep": 5.0, "stop": 5.0, "answer": 5.0}
 """Seconds that are assumed as long as no engine has done it. A switch of 10 s is llmux 0.7's guess."""
 
 

@@ -45,6 +45,10 @@ class ModelView:
     drain_secs: float
     """How long its requests in flight would still take, by a guess from how long its answers take; 0 if it is not
     awake."""
+    answer_secs: float = 5.0
+    """How long its answers take, on the average; what others' take if it has given none."""
+    parked_since: float = 0.0
+    """When it was last put to sleep with requests in flight."""
     parks: bool = False
     """Whether a switch may park them instead of waiting."""
     barren_turns: int = 0

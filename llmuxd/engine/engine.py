@@ -29,8 +29,8 @@ from llmuxd.engine.proctable import arguments
 from llmuxd.engine.record import EngineRecord, fingerprint
 from llmuxd.engine.run import EngineInfo, Run
 from llmuxd.engine.spec import Endpoint, EngineSpec, api_key, build_argv, build_env, make_private_folder
-from llmuxd.engine.tasks import finish, poll
 from llmuxd.engine.watch import Watch
+from llmuxd.tasks import finish, poll
 
 READY_POLL_SECS = 0.02
 READY_TIMEOUT_SECS = 5.0

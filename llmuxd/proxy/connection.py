@@ -12,6 +12,7 @@ from aiohttp import web
 
 from llmuxd.proxy.errors import Rejected, error_response, internal_error
 from llmuxd.proxy.headers import REQUEST_ID, SERVER_TIMING, request_id, server_timing
+from llmuxd.tasks import poll
 
 BACKLOG = 1024
 KEEPALIVE_SECS = 75.0
@@ -21,21 +22,36 @@ CLOSE_GRACE_SECS = 1.0
 BREAK_OFF_SECS = 5.0
 """How long a client may take to read what was sent before its answer broke off."""
 
+SETTLE_SECS = 0.5
+"""How long a client that has connected may take to ask, when no more are let in."""
+_SETTLE_POLL_SECS = 0.01
+
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class ClientConnection(web.RequestHandler):
     """One client's connection. When it is lost, or half closed, the request that is being served is cancelled."""
 
-    __slots__ = ("_lost", "_serving")
+    __slots__ = ("_lost", "_serving", "ending", "used")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._serving: asyncio.Task[Any] | None = None
         self._lost = False
+        self.ending = False
+        """There is no further request on it: its client is told so with the answer."""
+        self.used = False
+        """A request has come over it."""
+
+    def end(self) -> None:
+        """Close it when the request that is being served is answered, or the first one, if none has come yet."""
+        self.ending = True
+        if self.used:
+            self.close()
 
     def serves(self, task: asyncio.Task[Any] | None) -> None:
         """Cancel this task when the client goes away, or has gone; None: there is nothing to cancel any more."""
+        self.used = True
         self._serving = task
         if self._lost:
             self._cancel()
@@ -101,15 +117,57 @@ class ClientConnection(web.RequestHandler):
 class Site:
     """A listening proxy."""
 
-    def __init__(self, runner: web.AppRunner, listeners: Sequence[asyncio.AbstractServer], port: int) -> None:
+    def __init__(self, runner: web.AppRunner) -> None:
         self._runner = runner
-        self._listeners = listeners
-        self.port = port
+        self._listeners: list[asyncio.Server] = []
+        self._ending = False
+        self.port = 0
+
+    def _connect(self) -> ClientConnection:
+        server = self._runner.server
+        assert server is not None
+        connection = ClientConnection(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=KEEPALIVE_SECS,
+        )
+        # It may have been accepted just before.
+        connection.ending = self._ending
+        return connection
+
+    async def listen(self, host: str, port: int, sockets: Sequence[socket.socket]) -> None:
+        """Raises OSError if the port is not to be had."""
+        loop = asyncio.get_running_loop()
+        for one in sockets:
+            self._listeners.append(await loop.create_server(self._connect, sock=one, backlog=BACKLOG))
+        if not sockets:
+            self._listeners.append(await loop.create_server(self._connect, host, port, backlog=BACKLOG))
+        self.port = self._listeners[0].sockets[0].getsockname()[1]
 
     def stop_listening(self) -> None:
-        """Take no new connections. Those that there are go on."""
+        """Take no new connections, and no new requests on those that there are."""
+        self._ending = True
         for listener in self._listeners:
             listener.close()
+        for connection in self._connections():
+            connection.end()
+
+    async def settle(self) -> None:
+        """Give those who have connected and not asked anything yet a moment to do so."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SETTLE_SECS
+
+        async def settled() -> bool:
+            return loop.time() >= deadline or all(connection.used for connection in self._connections())
+
+        await poll(settled, _SETTLE_POLL_SECS)
+
+    def _connections(self) -> list[ClientConnection]:
+        server = self._runner.server
+        found = [] if server is None else server.connections
+        return [connection for connection in found if isinstance(connection, ClientConnection)]
 
     async def close(self) -> None:
         """Stop listening, let complete answers be written out for a moment, and close every connection."""
@@ -126,30 +184,13 @@ async def serve_proxy(
 
     Raises OSError if the port is not to be had.
     """
-    loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    server = runner.server
-    assert server is not None
-
-    def connect() -> ClientConnection:
-        return ClientConnection(
-            server, loop=loop, access_log=None, auto_decompress=False, keepalive_timeout=KEEPALIVE_SECS
-        )
-
-    listeners: list[asyncio.AbstractServer] = []
+    site = Site(runner)
     try:
-        if sockets:
-            for one in sockets:
-                listeners.append(await loop.create_server(connect, sock=one, backlog=BACKLOG))
-            bound = sockets[0]
-        else:
-            listener = await loop.create_server(connect, host, port, backlog=BACKLOG)
-            listeners.append(listener)
-            bound = listener.sockets[0]
+        await site.listen(host, port, sockets)
     except BaseException:
-        for listening in listeners:
-            listening.close()
+        site.stop_listening()
         await runner.cleanup()
         raise
-    return Site(runner, listeners, bound.getsockname()[1])
+    return site

@@ -18,7 +18,7 @@ from llmuxd.proxy.connection import ClientConnection
 from llmuxd.proxy.errors import Rejected, error_response, internal_error, model_not_found
 from llmuxd.proxy.extract import wanted
 from llmuxd.proxy.headers import MODEL_OVERRIDE, REQUEST_ID, SERVER_TIMING, request_id, server_timing
-from llmuxd.proxy.relay import Forwarded, Relay, strip_added
+from llmuxd.proxy.relay import Forwarded, Relay, before_head
 from llmuxd.proxy.routes import STREAMED, Action, Route, route
 from llmuxd.proxy.upstream import Engines
 
@@ -65,7 +65,7 @@ def build_proxy(gate: Gate, limits: Limits, metrics: Metrics) -> web.Application
         return None
 
     app.router.add_route("*", "/{path:.*}", proxy.serve, expect_handler=expect)
-    app.on_response_prepare.append(strip_added)
+    app.on_response_prepare.append(before_head)
     app.on_cleanup.append(close_engines)
     return app
 

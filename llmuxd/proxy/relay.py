@@ -75,10 +75,14 @@ class RelayedResponse(web.StreamResponse):
             self.headers.popall(name, None)
 
 
-async def strip_added(_request: web.Request, response: web.StreamResponse) -> None:
+async def before_head(request: web.Request, response: web.StreamResponse) -> None:
     """For `on_response_prepare` of the application that relays."""
     if isinstance(response, RelayedResponse):
         await response.strip()
+    connection = request.protocol
+    if isinstance(connection, ClientConnection) and connection.ending:
+        response.headers["Connection"] = "close"
+        response.force_close()
 
 
 class Relay:

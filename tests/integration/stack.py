@@ -27,6 +27,14 @@ from llmuxd.sim.ledger import GIB, Ledger
 DEADLINE_SECS = 20.0
 DEVICE = 24 * GIB
 
+AS_SYSTEMD = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Executes its arguments with a listening socket, whose number comes first, as descriptor 3: what systemd does."""
+
 
 def until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE_SECS) -> Any:
     """Poll until `condition` gives something true; fails with `what` if it does not in time."""
@@ -113,13 +121,22 @@ class Daemon:
         folders = {"LLMUX_RUNTIME_DIR": str(self.home / "run"), "LLMUX_STATE_DIR": str(self.home / "state")}
         return {**os.environ, **folders}
 
-    def start(self, wait: bool = True) -> Daemon:
-        """Start it on a free port, and wait until it serves."""
-        self.port = free_port()
+    def start(self, wait: bool = True, held: socket.socket | None = None) -> Daemon:
+        """Start it on a free port, or on a socket that listens already, and wait until it serves."""
+        self.port = free_port() if held is None else held.getsockname()[1]
         self.write_config()
+        argv = [sys.executable, "-m", "llmuxd", "--config", str(self.config_file), "--log-level", "debug"]
+        if held is not None:
+            argv = [sys.executable, "-c", AS_SYSTEMD, str(held.fileno()), *argv]
         with self.log.open("ab") as log:
-            argv = [sys.executable, "-m", "llmuxd", "--config", str(self.config_file), "--log-level", "debug"]
-            self.process = subprocess.Popen(argv, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                argv,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=() if held is None else (held.fileno(),),
+            )
         if wait:
             until(self._serves, "llmuxd serves")
         return self

@@ -213,6 +213,11 @@ class Stack:
         assert self._daemon is not None
         self._daemon.terminate()
 
+    def send(self, number: signal.Signals) -> None:
+        """Send the daemon, and no engine, a signal."""
+        assert self._daemon is not None
+        self._daemon.send_signal(number)
+
     def wait(self, seconds: float = STOP_SECS) -> int:
         """The exit code of the daemon that was asked to stop."""
         assert self._daemon is not None

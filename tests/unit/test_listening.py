@@ -62,8 +62,13 @@ def test_without_systemd_none_are_inherited():
 
 CHILD = """
 import os, sys
+for number, given in enumerate(sys.argv[2:], 3):
+    # Past what is given, so that none is overwritten before its turn.
+    os.dup2(int(given), 50 + number)
+for number in range(3, 1 + len(sys.argv)):
+    os.dup2(50 + number, number)
 from llmuxd.listening import inherited, is_for
-found = inherited({**os.environ, "LISTEN_PID": str(os.getpid())})
+found = inherited({"LISTEN_FDS": "2", "LISTEN_PID": str(os.getpid())})
 port = int(sys.argv[1])
 print([one.getsockname()[1] == port for one in found], [os.get_inheritable(one.fileno()) for one in found])
 print(is_for(found[0], "127.0.0.1", port), is_for(found[0], "127.0.0.1", 1), is_for(found[0], "127.0.0.9", port))
@@ -76,21 +81,9 @@ def test_those_of_systemd_are_taken_but_for_other_kinds(tmp_path):
         tcp.listen()
         unix.bind(str(tmp_path / "s"))
         port = tcp.getsockname()[1]
-
-        def pass_on() -> None:
-            os.dup2(tcp.fileno(), 33)
-            os.dup2(unix.fileno(), 34)
-            os.dup2(33, 3)
-            os.dup2(34, 4)
-
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(port)],
-            env={**os.environ, "LISTEN_FDS": "2"},
-            preexec_fn=pass_on,
-            pass_fds=(3, 4),
-            capture_output=True,
-            text=True,
-        )
+        given = (tcp.fileno(), unix.fileno())
+        argv = [sys.executable, "-c", CHILD, str(port), *map(str, given)]
+        done = subprocess.run(argv, pass_fds=given, capture_output=True, text=True)
         assert done.stderr == ""
         assert done.stdout == "[True] [False]\nTrue False False\n"
 

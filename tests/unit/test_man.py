@@ -31,10 +31,13 @@ DAYS = 19_000
 
 @pytest.fixture(name="folder", scope="module")
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("man")
+    return _made(tmp_path_factory.mktemp("man"))
+
+
+def _made(folder: Path, **environment: str) -> Path:
     subprocess.run(
         [sys.executable, "-m", "llmuxctl.man", str(folder)],
-        env={**os.environ, "SOURCE_DATE_EPOCH": str(DAYS * 86400)},
+        env={**os.environ, "SOURCE_DATE_EPOCH": str(DAYS * 86400), **environment},
         check=True,
         timeout=20,
     )
@@ -62,6 +65,14 @@ def test_the_pages(folder: Path) -> None:
         title = name.rpartition(".")
         head = _plain(folder, name).splitlines()[1]
         assert head.startswith(f".TH {title[0].upper()} {title[2]} 2022-01-08 "), head
+
+
+def test_they_do_not_depend_on_where_they_are_made(folder: Path, tmp_path: Path) -> None:
+    elsewhere = {"LLMUX_RUNTIME_DIR": "/r", "LLMUX_CONTROL_SOCKET": "/s", "LC_ALL": "C", "PYTHONHASHSEED": "7"}
+    again = _made(tmp_path / "new" / "folder", TZ="Asia/Tokyo", COLUMNS="40", **elsewhere)
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
 
 
 def test_every_command_argument_and_option_is_there(folder: Path) -> None:

@@ -79,15 +79,32 @@ class Tenure:
             if ready > now:
                 soonest = min(soonest, ready)
                 continue
-            index = model.priority * (model.waiting_secs + self.queued_costs * candidate.switch_secs * model.queued)
+            index = self._index(model, candidate)
             if best is None or index > best[0]:
                 best = (index, model, candidate)
         if best is None:
             return Stay(soonest if soonest < math.inf else None)
         _, model, candidate = best
-        finish = self.finish_costs * candidate.switch_secs
-        needed = max((victim.drain_secs for victim in snapshot.victims(candidate)), default=0.0)
-        return SwitchTo(model.name, drain_secs=finish if needed <= finish else 0.0)
+        return SwitchTo(model.name, drain_secs=self._finish_secs(snapshot, candidate))
+
+    def _index(self, model: ModelView, candidate: Candidate) -> float:
+        """How much waits for the model, in seconds."""
+        extra = self.queued_costs * model.queued + self.paused_costs * model.parked
+        return model.priority * (model.waiting_secs + candidate.switch_secs * extra)
+
+    def _finish_secs(self, snapshot: Snapshot, candidate: Candidate) -> float:
+        """How long the victims may go on with what they have in flight before it is parked."""
+        victims = snapshot.victims(candidate)
+        least = self.finish_costs * candidate.switch_secs
+        needed = max((victim.drain_secs for victim in victims), default=0.0)
+        finish = least if needed <= least else 0.0
+        waiting = [model for model, _ in snapshot.candidates]
+        held_up = sum(model.queued + self.parked_weight * model.parked for model in waiting)
+        for victim in victims:
+            away = len(waiting) * candidate.switch_secs
+            if victim.in_flight * away > self.door_weight * held_up * victim.answer_secs:
+                finish = max(finish, self.door_answers * victim.answer_secs)
+        return finish
 
     def _overdue(self, snapshot: Snapshot) -> list[tuple[ModelView, Candidate]]:
         """The candidate that has waited longest, if it is overdue."""
@@ -102,29 +119,44 @@ class Tenure:
     def _ready_at(self, snapshot: Snapshot, model: ModelView, candidate: Candidate) -> float:
         """When nothing that is in the candidate's way has a turn left."""
         overdue_at = (model.oldest_arrival or 0.0) + self.bound(snapshot.typical_switch_secs)
+        overdue = overdue_at <= snapshot.now
         ready = snapshot.now
+        stays = 0.0
         for victim in snapshot.victims(candidate):
             if victim.queued and (victim.oldest_arrival or 0.0) < overdue_at:
-                return max(overdue_at, snapshot.now) if overdue_at > snapshot.now else math.inf
+                return math.inf if overdue else overdue_at
             ready = max(ready, victim.since + snapshot.min_active)
             if victim.in_flight or victim.queued:
-                turn = self._turn(victim, model, candidate)
-                if overdue_at <= snapshot.now:
-                    turn = min(turn, self.longest_turn)
-                ready = max(ready, victim.since + turn)
+                turn = self._least_turn(victim, candidate) if victim.parks else self._turn(victim, model, candidate)
+                turn *= 2.0 ** min(victim.barren_turns, _MOST_BARREN)
+                ready = max(ready, victim.since + (min(turn, self.longest_turn) if overdue else turn))
+                stays += self._worth_staying(victim) if victim.parks else 0.0
             else:
                 ready = max(ready, victim.last_arrival + self.linger_costs * candidate.switch_secs)
+        if ready <= snapshot.now and stays and not overdue and self._worth_going(snapshot, model, candidate) <= stays:
+            return snapshot.now + LOOK_SECS
         return ready
 
+    def _least_turn(self, victim: ModelView, candidate: Candidate) -> float:
+        return self.least_costs * candidate.switch_secs + self.park_secs * victim.in_flight
+
+    def _worth_staying(self, victim: ModelView) -> float:
+        """Answers, and first tokens to those who come, per second."""
+        return self.stay_weight * (victim.in_flight / victim.answer_secs + victim.arrival_rate)
+
+    def _worth_going(self, snapshot: Snapshot, model: ModelView, candidate: Candidate) -> float:
+        """First tokens and answers per second of a visit to the candidate, the switch included."""
+        visit = self.visit_costs * candidate.switch_secs + self.visit_answers * model.answer_secs
+        spent = candidate.switch_secs + visit
+        answers = 1.0 - math.exp(-visit / model.answer_secs)
+        stood = model.parked * max(0.0, snapshot.now - model.parked_since)
+        return (model.queued + (model.queued + model.parked) * answers + self.stood_weight * stood / spent) / spent
+
     def _turn(self, victim: ModelView, model: ModelView, candidate: Candidate) -> float:
-        cost = candidate.switch_secs
+        """Of a model that cannot park."""
         if model.queued:
-            held_up = victim.in_flight + victim.arrival_rate * cost
-            least = _LEAST if victim.parks else 1.0
-            turn = self.turn_costs * cost * min(_MOST, max(least, held_up / model.queued))
+            held_up = victim.in_flight + victim.arrival_rate * candidate.switch_secs
+            factor = self.turn_costs * min(_MOST, max(1.0, held_up / model.queued))
         else:
-            turn = self.parked_costs * cost
-        if not victim.parks:
-            turn *= self.drain_stretch
-        turn += self.secs_per_request * victim.in_flight
-        return turn * 2.0 ** min(victim.barren_turns, _MOST_BARREN)
+            factor = self.parked_costs
+        return self.drain_stretch * factor * candidate.switch_secs + self.secs_per_request * victim.in_flight

@@ -1,4 +1,4 @@
-"""Two ways to wait, for the engine layer."""
+"""Two ways to wait."""
 
 from __future__ import annotations
 
