@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import psutil
 import pytest
 
@@ -47,7 +45,9 @@ def is_cut(chunks: Any) -> bool:
     """Whether a stream breaks off before its last token."""
     try:
         return all(chunk.choices[0].finish_reason is None for chunk in chunks)
-    except (openai.APIError, httpx.HTTPError):
+    except Exception as error:
+        # Which one depends on the version of the client.
+        print(f"cut: {error!r}")
         return True
 
 
