@@ -52,10 +52,11 @@ def newer_deb(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def archive(cache: Path, deb: Path) -> Callable[[str], Path]:
+def archive(request: pytest.FixtureRequest, cache: Path) -> Callable[[str], Path]:
     """Per release, a folder with all packages that ours needs: fetched once for each set of dependencies."""
 
     def for_release(release: str) -> Path:
+        deb = request.getfixturevalue("deb")  # Not built for tests that install no package.
         fields = ["dpkg-deb", "-f", str(deb), "Depends", "Recommends"]
         needs = subprocess.run(fields, capture_output=True, check=True).stdout + repr(EXTRA_PACKAGES).encode()
         folder = cache / f"{release}-archive-{hashlib.sha256(needs).hexdigest()[:12]}"

@@ -296,7 +296,16 @@ def download(tree: Path, deb: Path, archive: Path, extra: Sequence[str] = ()) ->
     script = "apt-get update -qq && apt-get install -y -qq --download-only -o Dir::Cache::archives=/srv/archive " + (
         shlex.join([f"/srv/{deb.name}", *extra])
     )
-    argv = ["systemd-nspawn", "--register=no", "--keep-unit", "--quiet", "--volatile=overlay", "-D", str(tree)]
+    argv = [
+        "systemd-nspawn",
+        "--register=no",
+        "--keep-unit",
+        "--quiet",
+        "--volatile=overlay",
+        "-D",
+        str(tree),
+        "--resolv-conf=replace-host",
+    ]
     argv += [f"--bind={partial}:/srv/archive", f"--bind-ro={deb}:/srv/{deb.name}", "sh", "-c", script]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     if done.returncode:
