@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmuxctl.doctor.finding import GIB, Finding, count, fail, listed, ok, size, skipped, warn
 from llmuxctl.doctor.situation import Situation
+from llmuxctl.doctor.vllm import installed
 
 if TYPE_CHECKING:
     from llmuxd.config import ModelConfig
@@ -69,8 +70,10 @@ def models(there: Situation) -> Finding:
     if remote and there.environ.get("HF_HUB_OFFLINE") == "1":
         return fail(f"not in {_hub(there)}: {listed(remote)}", "HF_HUB_OFFLINE=1 forbids fetching them: unset it.")
     if remote:
-        return ok(f"{len(configured)}; not in {_hub(there)} yet, fetched at the first start: {listed(remote)}")
-    return ok(f"{len(configured)}, all of them here")
+        return ok(
+            f"{count(len(configured), 'model')}; not in {_hub(there)} yet, fetched at the first start: {listed(remote)}"
+        )
+    return ok(f"{count(len(configured), 'model')}, with all files here")
 
 
 def memlock(there: Situation) -> Finding:
@@ -79,7 +82,8 @@ def memlock(there: Situation) -> Finding:
     if limit is None:
         return skipped("the limit cannot be read")
     said = "unlimited" if limit >= UNLIMITED else size(limit)
-    if limit >= UNLIMITED or not _offloaded(there):
+    found = installed(there)
+    if limit >= UNLIMITED or not _offloaded(there) or (found is not None and found.is_cpu):
         return ok(f"{said} ({whose})")
     if there.by_unit:
         advice = "systemctl edit llmuxd: [Service] LimitMEMLOCK=infinity; then systemctl restart llmuxd"

@@ -226,7 +226,7 @@ def test_models(made: Made) -> None:
     offline = made.there(local, environ={"HF_HUB_OFFLINE": "1", "HF_HOME": "/hf"})
     _is(resources.models(offline), Status.FAIL, "not in /hf/hub: b")
     made.file("/hf/hub/models--a--b/snapshots/abc/config.json")
-    _is(resources.models(made.there(local, environ={"HF_HOME": "/hf"})), Status.OK, "2, all of them here")
+    _is(resources.models(made.there(local, environ={"HF_HOME": "/hf"})), Status.OK, "2 models, with all files here")
     made.root.joinpath("srv/a").chmod(0o700)
     _is(resources.models(made.there(local)), Status.FAIL, "llmux may not read a: /srv/a")
 
@@ -240,6 +240,9 @@ def test_locked_memory(made: Made) -> None:
     made.file("/proc/self/limits", LIMITS.format(8388608))
     _is(resources.memlock(made.there(offload)), Status.WARN, "8 MiB (of this shell)", "ulimit")
     _is(resources.memlock(made.there(_models(a={"eviction": "discard+keep_running"}))), Status.OK)
+    made.vllm("0.32.0+cpu")
+    _is(resources.memlock(made.there(offload)), Status.OK)
+    made.root.joinpath("opt/vllm/bin/vllm").unlink()
     unit = {"LimitMEMLOCK": "infinity"}
     _is(resources.memlock(made.there(offload, unit=unit)), Status.OK, "unlimited (by its unit)")
     unit = {"LimitMEMLOCK": "65536", "MainPID": "7"}
