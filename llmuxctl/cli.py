@@ -44,7 +44,7 @@ def _write_no_more() -> None:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--socket",
-    type=click.Path(),
+    type=click.Path(readable=False),
     envvar=CONTROL_SOCKET_ENV,
     default=default_control_socket,
     metavar="PATH",

@@ -30,7 +30,7 @@ STOP_GRACE_SECS = 10.0
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     default=DEFAULT_CONFIG_PATH,
     show_default=True,
     metavar="FILE",

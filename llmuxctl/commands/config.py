@@ -20,7 +20,7 @@ def config() -> None:
 
 
 @config.command()
-@click.argument("file", type=click.Path(path_type=Path), default=DEFAULT_CONFIG_PATH)
+@click.argument("file", type=click.Path(path_type=Path, readable=False), default=DEFAULT_CONFIG_PATH)
 @json_option
 @pass_session
 def check(session: Session, file: Path) -> None:

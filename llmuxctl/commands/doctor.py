@@ -15,7 +15,7 @@ from llmuxd.protocol import DEFAULT_CONFIG_PATH, Exit
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     default=DEFAULT_CONFIG_PATH,
     show_default=True,
     metavar="FILE",

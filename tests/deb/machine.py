@@ -50,6 +50,7 @@ class Machine:
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._init = 0
         self._mounted = False
+        self._cgroups: list[Path] = []
 
     def __enter__(self) -> Machine:
         try:
@@ -205,10 +206,13 @@ class Machine:
         if self._archive:
             argv.append(f"--bind-ro={self._archive}:/srv/archive")
         environ = os.environ | {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": str(int(self.unified))}
+        self._cgroups = make_cgroups(f"llmux-{self._folder.name}")
+        entering = ["sh", "-c", 'for group; do shift; [ "$group" != -- ] || break; echo $$ >"$group"; done; exec "$@"']
+        entering += ["sh", *(str(group / "cgroup.procs") for group in self._cgroups), "--"]
         with (self._folder / "console").open("wb") as console:
             # If this process is killed, nspawn goes too, and with it the machine.
             self._nspawn = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *argv],
+                [*entering, "setpriv", "--pdeathsig", "KILL", *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
@@ -257,6 +261,9 @@ class Machine:
                         os.kill(self._init, signal.SIGKILL)
                 nspawn.wait()
             self._nspawn = None
+        for group in self._cgroups:
+            remove_cgroup(group)
+        self._cgroups = []
         remove(self._folder)
 
 
@@ -315,6 +322,40 @@ def download(tree: Path, deb: Path, archive: Path, extra: Sequence[str] = ()) ->
     (partial / deb.name).unlink(missing_ok=True)
     index(partial)
     partial.rename(archive)
+
+
+def make_cgroups(name: str) -> list[Path]:
+    """A control group of that name below this process's own, in the hierarchies that a machine's systemd uses.
+
+    Without it, machines that run at the same time would share theirs, and end each other's processes.
+    """
+    mounts = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        if kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options):
+            mounts["" if kind == "cgroup2" else "name=systemd"] = Path(before.split()[4])
+    made = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, hierarchy, path = line.split(":", 2)
+        if hierarchy in mounts:
+            group = mounts[hierarchy] / path.lstrip("/") / name
+            group.mkdir()
+            made.append(group)
+    return made
+
+
+def remove_cgroup(group: Path) -> None:
+    """Remove a group and what a machine has made below it, once nothing runs there any more."""
+    end = time.monotonic() + HALT_SECS
+    while group.exists():
+        for folder in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        if time.monotonic() > end:
+            raise Failed(f"{group} cannot be removed: something runs in it")
 
 
 def _first_process_below(pid: int) -> int:
