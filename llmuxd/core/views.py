@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from llmuxd.core.costs import Costs, estimate
+from llmuxd.core.costs import UNMEASURED, Costs, estimate
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import STOP, EvictionPolicy, ProcessStrategy
 from llmuxd.core.policy import Candidate, ModelView, Snapshot
@@ -88,13 +88,11 @@ def stopping_of(state: State) -> dict[str, EvictionPolicy]:
 def snapshot(state: State, now: float, wanted: Collection[str], due: bool) -> Snapshot:
     """All that a policy may know; the models that are `wanted` are its candidates."""
     used = state.used()
-    usual = estimate("answer", Costs(), [m.costs for m in state.models.values()])
     views = tuple(
         _view(
             model,
             now,
             parks=may_park(state, model, model.eviction),
-            answer_secs=model.costs.answer.value or usual,
             candidate=candidate_of(state, model, used) if model.name in wanted else None,
         )
         for model in state.models.values()
@@ -129,7 +127,7 @@ def oldest_demand(model: Model) -> float | None:
     return oldest
 
 
-def _view(model: Model, now: float, *, parks: bool, answer_secs: float, candidate: Candidate | None) -> ModelView:
+def _view(model: Model, now: float, *, parks: bool, candidate: Candidate | None) -> ModelView:
     parked = len(model.in_flight) if model.parked() else 0
     return ModelView(
         name=model.name,
@@ -142,7 +140,7 @@ def _view(model: Model, now: float, *, parks: bool, answer_secs: float, candidat
         since=model.since,
         last_arrival=model.last_arrival,
         drain_secs=_drain_secs(model, now),
-        answer_secs=answer_secs,
+        answer_secs=model.costs.answer.value or UNMEASURED["answer"],
         parked_since=model.parked_since,
         parks=parks,
         barren_turns=model.barren_turns,

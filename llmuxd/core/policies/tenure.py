@@ -1,4 +1,4 @@
-"""`tenure`: each model gets a turn that is worth the switch, then the one with the most waiting behind it is next."""
+"""`tenure`: a model keeps its turn while that is worth more than a switch; the one with the most waiting is next."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from llmuxd.core.policy import Candidate, Decision, ModelView, PolicyParameters, Snapshot, Stay, SwitchTo
 
-_LEAST, _MOST = 0.25, 2.0
+_MOST = 2.0
+_LOOK_SECS = 0.5
+"""How soon the rates are compared again if nothing happens."""
 _MOST_BARREN = 6
 
 
@@ -15,50 +17,76 @@ _MOST_BARREN = 6
 class Tenure:
     """The default. Little waiting for little switching, and a bound on every wait.
 
-    An awake model has a turn, and is not switched out before it is over. With C the measured cost of the switch to
-    the candidate, n the requests in flight at the awake model, a those expected to arrive there while it is away for
-    C, and w the requests queued for the candidate, the turn lasts
+    An awake model has a turn, and is not switched out before it is over. C is the measured cost of the switch to the
+    candidate, in seconds, and n how many requests are in flight at the awake model.
 
-        turn_costs x C x clamp((n + a) / w, 1/4, 2) + secs_per_request x n        if n > 0
+    Where they can be parked, the turn lasts `least_costs` x C + `park_secs` x n at least: the latter pays for the KV
+    caches that have to be computed again. From then on two rates are compared, both in first tokens and answers per
+    second. Staying is worth `stay_weight` x (n / A + `arrival_weight` x the rate at which requests come), A being how
+    long the model's answers take on the average. Going is worth what a visit to the candidate brings, over the time it
+    takes: C for the switch, and V = `visit_costs` x C + `visit_answers` x its A. That is a first token for each queued
+    request, an answer before V is over with probability 1 - exp(-V/A) for each queued and `parked_share` of each
+    parked one, and `stood_weight` more for each C + V that a parked one has stood still. Both are weighed by priority.
+    The turn is over when going is worth more. So a few stragglers are finished as long as little waits elsewhere, and
+    a batch that is nearly done is not kept for long once much does.
 
-    seconds: long enough to be worth the switch, longer the more would be held up by it, and shorter the more it lets
-    go. The last term pays for what comes with parking, the requests' KV caches that have to be computed again. A
-    candidate that has only parked requests, whose clients have seen an answer begin, waits `parked_costs` x C
-    instead of the first term. Turns that end without a single answer double the model's next one, so that long
-    prompts and slow machines make progress, too. A model with nothing in flight and nothing queued has no turn left;
-    only for `linger_costs` x C after its last request came it is left alone, because the next often follows closely.
+    Where they cannot be parked, the switch has to wait for them. The turn lasts `drain_stretch` x `turn_costs` x C x
+    clamp((n + those expected to arrive within C) / those queued for the candidate, 1, 2) + `secs_per_request` x n. A
+    candidate that has only parked requests waits `parked_costs` x C instead of the clamped term.
+
+    Turns that end without a single answer double the model's next one, so that long prompts and slow machines make
+    progress, too. A model with nothing in flight and nothing queued has no turn left; only for `linger_costs` x C
+    after its last request came it is left alone, because the next often follows closely.
 
     1. Overdue is a candidate whose longest wait is beyond `max_wait` + `overdue_costs` x the typical cost of a switch.
-       If there are any, the one that waits longest is next, when the turn of what is in its way is over, or has
-       lasted for `longest_turn`.
+       If there are any, the one that waits longest is next, when the turn of what is in its way is over: rates are
+       compared for no longer than the first `overdue_turn` of it, and at `longest_turn` it ends in any case.
     2. Otherwise, of the candidates for which the turn is over, the one with the largest waiting time, summed over its
        requests and weighed by its priority, is next; a request that has seen nothing yet counts `queued_costs` x C
-       more.
+       more, a parked one `paused_costs` x C.
     3. A model that has requests queued at a full engine (`max_in_flight`) is left alone: each of them would have to
        wait for two switches. Only those that came after a candidate became overdue do not count any more.
+    4. Before what is in flight is parked, it is given `finish_costs` x C if it will be answered within that; and
+       `door_answers` x A, nothing new being forwarded, if those in flight would be away (C for each model that waits)
+       for longer, summed, than `door_weight` x A for each request that waits elsewhere (`parked_weight` for a parked
+       one).
 
-    Where requests in flight cannot be parked the switch has to wait for them: turns are `drain_stretch` times as long,
-    and the factor is not below 1. Where they can, but will be answered within `finish_costs` x C, they are given that
-    long before they are.
+    A pause inside a stream is a wait as any other: it counts from the parking of the request, is overdue after the
+    same time, and ends after one more turn, the switch, and those of models that have waited even longer.
 
     Sources: gated and time-limited service of queues with switchover costs (Takagi, Analysis of Polling Systems,
-    1986); serve the longest waiting line (Liu, Nain, Towsley 1992); tenure that grows with the queue (Celik, Borst,
-    Whiting, Modiano 2016); a quota per model from the switching times, with requests paused (Aegaeon, SOSP 2025). The
-    constants were chosen by the comparison in docs/policies.md.
+    1986); serve what brings most per second, the setup included (Duenyas and Van Oyen, Heuristic scheduling of
+    parallel heterogeneous queues with set-ups, 1996); serve the longest waiting line (Liu, Nain, Towsley 1992); tenure
+    that grows with the queue (Celik, Borst, Whiting, Modiano 2016); a quota per model from the switching times, with
+    requests paused (Aegaeon, SOSP 2025). The constants were chosen by the comparison in docs/policies.md.
     """
 
     max_wait: float = 15.0
     """Seconds."""
+    least_costs: float = 0.542
+    park_secs: float = 0.335
+    """Seconds of turn per request in flight that can be parked."""
+    visit_costs: float = 0.855
+    visit_answers: float = 1.89
+    parked_share: float = 0.325
+    stood_weight: float = 0.5
+    stay_weight: float = 0.86
+    arrival_weight: float = 1.07
     turn_costs: float = 2.5
     parked_costs: float = 30.0
     drain_stretch: float = 1.3
     secs_per_request: float = 0.2
-    """Seconds of turn per request in flight."""
-    queued_costs: float = 10.0
-    overdue_costs: float = 15.0
-    finish_costs: float = 0.5
+    """Seconds of turn per request in flight that cannot be parked."""
+    queued_costs: float = 6.4
+    paused_costs: float = 2.0
+    overdue_costs: float = 19.0
+    finish_costs: float = 0.32
+    door_answers: float = 0.83
+    door_weight: float = 1.05
+    parked_weight: float = 0.22
+    overdue_turn: float = 20.0
+    """Seconds, once something is overdue, as is the next."""
     longest_turn: float = 100.0
-    """Seconds, once something is overdue."""
     linger_costs: float = 0.02
     name: str = "tenure"
 
@@ -99,9 +127,9 @@ class Tenure:
         needed = max((victim.drain_secs for victim in victims), default=0.0)
         finish = least if needed <= least else 0.0
         waiting = [model for model, _ in snapshot.candidates]
+        away = len(waiting) * candidate.switch_secs
         held_up = sum(model.queued + self.parked_weight * model.parked for model in waiting)
         for victim in victims:
-            away = len(waiting) * candidate.switch_secs
             if victim.in_flight * away > self.door_weight * held_up * victim.answer_secs:
                 finish = max(finish, self.door_answers * victim.answer_secs)
         return finish
@@ -130,19 +158,22 @@ class Tenure:
                 turn = self._least_turn(victim, candidate) if victim.parks else self._turn(victim, model, candidate)
                 turn *= 2.0 ** min(victim.barren_turns, _MOST_BARREN)
                 ready = max(ready, victim.since + (min(turn, self.longest_turn) if overdue else turn))
-                stays += self._worth_staying(victim) if victim.parks else 0.0
+                if victim.parks and not (overdue and snapshot.now >= victim.since + self.overdue_turn):
+                    stays += self._worth_staying(victim)
             else:
                 ready = max(ready, victim.last_arrival + self.linger_costs * candidate.switch_secs)
-        if ready <= snapshot.now and stays and not overdue and self._worth_going(snapshot, model, candidate) <= stays:
-            return snapshot.now + LOOK_SECS
+        if ready <= snapshot.now and stays and self._worth_going(snapshot, model, candidate) <= stays:
+            return snapshot.now + _LOOK_SECS
         return ready
 
     def _least_turn(self, victim: ModelView, candidate: Candidate) -> float:
+        """Of a model that can park: what it has in any case."""
         return self.least_costs * candidate.switch_secs + self.park_secs * victim.in_flight
 
     def _worth_staying(self, victim: ModelView) -> float:
         """Answers, and first tokens to those who come, per second."""
-        return self.stay_weight * (victim.in_flight / victim.answer_secs + victim.arrival_rate)
+        rate = victim.in_flight / victim.answer_secs + self.arrival_weight * victim.arrival_rate
+        return self.stay_weight * victim.priority * rate
 
     def _worth_going(self, snapshot: Snapshot, model: ModelView, candidate: Candidate) -> float:
         """First tokens and answers per second of a visit to the candidate, the switch included."""
@@ -150,7 +181,8 @@ class Tenure:
         spent = candidate.switch_secs + visit
         answers = 1.0 - math.exp(-visit / model.answer_secs)
         stood = model.parked * max(0.0, snapshot.now - model.parked_since)
-        return (model.queued + (model.queued + model.parked) * answers + self.stood_weight * stood / spent) / spent
+        brings = model.queued + answers * (model.queued + self.parked_share * model.parked)
+        return model.priority * (brings + self.stood_weight * stood / spent) / spent
 
     def _turn(self, victim: ModelView, model: ModelView, candidate: Candidate) -> float:
         """Of a model that cannot park."""
