@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Book:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self.mode = SwitchMode()
+        self.costs: dict[str, dict[str, float]] = {}
+        """Model -> what its operations have been measured to take, in seconds."""
         self._entries: dict[str, Entry] = {}
         self._version = 0
         """Counts the changes; `_written` is the newest one that is on the disk."""
@@ -63,7 +66,7 @@ class Book:
         self._writing: asyncio.Task[None] | None = None
 
     def load(self) -> dict[str, Entry]:
-        """What an earlier daemon of this boot wrote, by model; and its mode.
+        """What an earlier daemon of this boot wrote, by model; `mode` and `costs` are then its, too.
 
         A file that cannot be understood is put aside: its engines are then found by their mark alone.
         """
@@ -71,6 +74,9 @@ class Book:
             data = json.loads(self.path.read_text())
             if data["version"] != VERSION:
                 raise ValueError(f"its version is {data['version']}, this llmuxd writes {VERSION}")
+            self.costs = {
+                model: {kind: float(secs) for kind, secs in known.items()} for model, known in data["costs"].items()
+            }
             if data["boot_id"] == boot_id():
                 self.mode = SwitchMode(bool(data["mode"]["manual"]), data["mode"]["pinned"])
                 self._entries = {name: Entry.from_json(entry) for name, entry in data["engines"].items()}
@@ -103,6 +109,10 @@ class Book:
             self.mode = mode
             self._changed()
 
+    def set_costs(self, model: str, costs: Mapping[str, float]) -> None:
+        """Note what a model's operations take. They change all the time: it is not worth a write by itself."""
+        self.costs[model] = {kind: round(secs, 3) for kind, secs in costs.items()}
+
     async def flush(self) -> None:
         """Return when everything noted so far is on the disk. A write that fails is logged; nothing stops for it."""
         wanted = self._version
@@ -130,6 +140,7 @@ class Book:
         return {
             "version": VERSION,
             "boot_id": boot_id(),
+            "costs": self.costs,
             "mode": {"manual": self.mode.manual, "pinned": self.mode.pinned},
             "engines": {model: entry.as_json() for model, entry in self._entries.items()},
         }

@@ -56,7 +56,7 @@ class Runtime:
         self.clock = clock
         self.book = book
         """Where the engines are noted for the next daemon; None if they are not."""
-        self.switcher = build_switcher(config, clock(), None if book is None else book.mode)
+        self.switcher = build_switcher(config, clock(), book)
         self.metrics = metrics or Metrics()
         self.gate = Gate(self.post, served_models(config), self.health)
         self._cgroups = delegated()
@@ -180,6 +180,8 @@ class Runtime:
             return
         engine, model = self.engines.get(name), self.switcher.state.models.get(name)
         record = None if engine is None else engine.record()
+        if model is not None:
+            self.book.set_costs(name, model.costs.known)
         if record is None or model is None or model.state in WITHOUT_PROCESS:
             self.book.drop(name)
         else:

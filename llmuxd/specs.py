@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmuxd.book import Book
 from llmuxd.config import Config, PolicyConfig
 from llmuxd.core.policy import Policy
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
@@ -14,12 +15,16 @@ DEVICE = "gpu0"
 """Until models are placed by memory there is one device, with room for one model."""
 
 
-def build_switcher(config: Config, now: float, mode: SwitchMode | None = None) -> Switcher:
-    """The core, as the config wants it, in the mode that an earlier daemon was left in. Raises PolicyBroken."""
-    mode = mode or SwitchMode()
+def build_switcher(config: Config, now: float, book: Book | None = None) -> Switcher:
+    """The core, as the config wants it, with the mode and the measured costs that an earlier daemon has left.
+
+    Raises PolicyBroken.
+    """
+    mode = SwitchMode() if book is None else book.mode
     if mode.pinned is not None and mode.pinned not in config.models:
         mode = SwitchMode(manual=mode.manual)
-    return Switcher(model_specs(config), {DEVICE: 1}, settings_of(config), policy_of(config), now, mode)
+    costs = None if book is None else book.costs
+    return Switcher(model_specs(config), {DEVICE: 1}, settings_of(config), policy_of(config), now, mode, costs)
 
 
 def model_specs(config: Config) -> tuple[ModelSpec, ...]:

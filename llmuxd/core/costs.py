@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 SMOOTHING = 0.3
@@ -37,6 +37,24 @@ class Costs:
     stop: Average = field(default_factory=Average)
     answer: Average = field(default_factory=Average)
     """From the forwarding of a request to its end, if it was not paused in between."""
+
+    @property
+    def known(self) -> dict[str, float]:
+        """What has been measured, in seconds, by the names of the fields: enough to go on with after a restart."""
+        found = {name: getattr(self, name).value for name in KINDS}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def of(cls, known: Mapping[str, float]) -> Costs:
+        """The same again."""
+        costs = cls()
+        for name in KINDS:
+            if name in known:
+                getattr(costs, name).add(known[name])
+        return costs
+
+
+KINDS = ("start", "wake", "sleep", "stop", "answer")
 
 
 class Rate:

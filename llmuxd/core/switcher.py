@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
+from llmuxd.core.costs import Costs
 from llmuxd.core.ending import Ending
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
@@ -28,8 +29,8 @@ from llmuxd.core.switching import Switching
 class Switcher:
     """The pure core.
 
-    `devices` maps each device's name to its capacity; each model's placement must fit it.
-    Raises ValueError if one does not.
+    `devices` maps each device's name to its capacity; each model's placement must fit it. `mode` and `costs` (model ->
+    `Costs.known`) are what an earlier one has left. Raises ValueError if a model does not fit.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Switcher:
         policy: Policy,
         now: float,
         mode: SwitchMode | None = None,
+        costs: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         self.state = State(settings, dict(devices), {}, mode=mode or SwitchMode())
         for spec in models:
             check_placement(spec, devices)
-            self.state.models[spec.name] = Model(spec, spec.eviction, since=now)
+            known = Costs.of((costs or {}).get(spec.name, {}))
+            self.state.models[spec.name] = Model(spec, spec.eviction, since=now, costs=known)
         self._engines = Engines(self.state)
         self._requests = Requests(self.state, self._engines)
         self._switching = Switching(self.state, self._engines, self._requests, policy)

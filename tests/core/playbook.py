@@ -73,10 +73,11 @@ class Play:
         policy: Policy | None = None,
         devices: dict[str, int] | None = None,
         mode: SwitchMode | None = None,
+        costs: dict[str, dict[str, float]] | None = None,
         **changes: object,
     ) -> None:
         models = specs or (spec("a"), spec("b"), spec("c"))
-        self.switcher = Switcher(models, devices or {"gpu": 1}, settings(**changes), policy or Fifo(), 0.0, mode)
+        self.switcher = Switcher(models, devices or {"gpu": 1}, settings(**changes), policy or Fifo(), 0.0, mode, costs)
         self.auditor = Auditor(self.switcher)
         self.commands: list[c.Command] = []
         self.now = 0.0

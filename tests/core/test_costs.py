@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmuxd.core import events as e
-from llmuxd.core.costs import Average, Costs, Rate, estimate
+from llmuxd.core.costs import CAP_SECS, Average, Costs, Rate, estimate
 from llmuxd.core.settings import InFlight
 from llmuxd.core.views import candidate_of, typical_switch_secs
 from tests.core.playbook import STOP, Play, spec
@@ -92,3 +92,20 @@ def test_a_switch_costs_the_victims_way_out_and_the_targets_way_in():
     play.model("b").costs.stop.value = 4.0
     play.model("a").costs.wake.value = 1.0
     assert candidate_of(play.state, play.model("a")).switch_secs == 5.0
+
+
+def test_what_is_known_is_known_again():
+    costs = Costs()
+    assert costs.known == {}
+    costs.wake.add(2.0)
+    costs.wake.add(4.0)
+    costs.answer.add(7.0)
+    assert costs.known == {"wake": 2.6, "answer": 7.0}
+    assert Costs.of(costs.known).known == costs.known
+    assert Costs.of({"wake": 500.0}).known == {"wake": CAP_SECS}
+
+
+def test_a_core_may_begin_with_what_an_earlier_one_has_measured():
+    play = Play(costs={"b": {"wake": 3.0, "sleep": 1.0}})
+    assert play.model("b").costs.known == {"wake": 3.0, "sleep": 1.0}
+    assert play.model("a").costs.known == {}

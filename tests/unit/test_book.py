@@ -49,6 +49,7 @@ def written(folder: Path, *entries: Entry, mode: SwitchMode | None = None) -> Pa
         for entry in entries:
             book.set(entry.record.model, entry)
         book.set_mode(mode or SwitchMode())
+        book.set_costs("a", {"wake": 1.23456, "start": 30.0})
         await book.flush()
 
     asyncio.run(write())
@@ -60,6 +61,7 @@ def test_what_was_noted_is_read_again(tmp_path):
     book = Book(tmp_path)
     assert book.load() == {"a": ASLEEP, "b": AWAKE}
     assert book.mode == SwitchMode(True, "a")
+    assert book.costs == {"a": {"wake": 1.235, "start": 30.0}}
 
 
 def test_without_a_file_there_are_none(tmp_path):
@@ -78,6 +80,7 @@ def test_another_boots_engines_and_mode_are_gone(tmp_path):
     file.write_text(file.read_text().replace(boot_id(), "another"))
     book = Book(tmp_path)
     assert (book.load(), book.mode) == ({}, SwitchMode())
+    assert book.costs["a"]["start"] == 30.0, "what a start takes is the same"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ def test_another_boots_engines_and_mode_are_gone(tmp_path):
         lambda text: json.dumps({**json.loads(text), "engines": {"a": {}}}),
         lambda text: text.replace('"asleep"', '"dreaming"'),
         lambda text: text.replace('"members"', '"numbers"'),
+        lambda text: text.replace("30.0", '"long"'),
     ],
 )
 def test_one_that_cannot_be_understood_is_put_aside(tmp_path, caplog, damage):
