@@ -11,6 +11,8 @@ import resource
 import socket
 from pathlib import Path
 
+PTRACE_ATTACH = 16
+
 libc = ctypes.CDLL(None, use_errno=True)
 SYSCALLS = {
     "x86_64": {
@@ -49,6 +51,20 @@ def tried(action, *args):
     return "ok"
 
 
+def new_user_namespace():
+    """In a child, for a process that is in one is somebody else to the files that are tried next."""
+    child = os.fork()
+    if not child:
+        try:
+            syscall("unshare", 0x10000000)
+        except OSError as error:
+            os._exit(error.errno)
+        os._exit(0)
+    number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if number:
+        raise OSError(number, "unshare")
+
+
 def write(folder):
     path = os.path.join(folder, f"llmux-probe-{os.getpid()}")
     with open(path, "w") as file:
@@ -77,7 +93,12 @@ def shared_memory():
     memory.unlink()
 
 
-status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+def status_of(pid):
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+status = status_of("self")
 write_and_run = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 seen = {
     "open a GPU of NVIDIA": tried(open, "/dev/nvidia0", "rb+", 0),
@@ -98,12 +119,13 @@ seen = {
     "descriptors": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     "io_uring_setup": tried(syscall, "io_uring_setup", 0, None),
     "bpf": tried(syscall, "bpf", 0, None, 0),
-    "ptrace": tried(syscall, "ptrace", 0, 0, 0, 0),
+    "ptrace": tried(syscall, "ptrace", PTRACE_ATTACH, 0, 0, 0),
     "mount": tried(syscall, "mount", None, None, None, 0, None),
-    "new user namespace": tried(syscall, "unshare", 0x10000000),
+    "new user namespace": tried(new_user_namespace),
     "packet socket": tried(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).close()),
     "list /home/alice": tried(os.listdir, "/home/alice"),
     "capabilities": status["CapBnd"],
+    "system call filters": status["Seccomp_filters"],
     "new privileges": status["NoNewPrivs"],
 }
 for folder in (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,8 +71,8 @@ def assert_all_gone(machine: Machine) -> None:
     machine.wait(lambda: not machine.processes(), 5, "processes of llmux are left")
     assert machine.run(ASK, check=False).returncode != 0, "the port is still open"
     if machine.unified:
-        left = "ls -d /sys/fs/cgroup/system.slice/llmux*"
-        machine.wait(lambda: machine.run(left, check=False).returncode != 0, 5, "a cgroup is left")
+        find = "find /sys/fs/cgroup -name '*llmux*' -type d"
+        machine.wait(lambda: not machine.out(find), 5, f"a cgroup is left: {machine.out(find)}")
 
 
 @pytest.mark.parametrize("verb", ["restart", "try-restart", "reload-or-restart", "reload"])
@@ -81,6 +82,15 @@ def test_restart_and_reload_keep_engines_and_port(serving: Machine, verb: str) -
     assert_kept(serving, before)
     assert (serving.main_pid() == daemon) == verb.startswith("reload")
     assert f"pid {serving.main_pid()}" in serving.out(ASK)
+
+
+@pytest.mark.parametrize("verb", ["daemon-reload", "daemon-reexec"])
+def test_a_reload_of_systemd_itself_changes_nothing(serving: Machine, verb: str) -> None:
+    before, daemon = engine(serving), serving.main_pid()
+    serving.run(["systemctl", verb])
+    serving.run(["systemctl", "start", "llmuxd"])
+    assert_kept(serving, before)
+    assert serving.main_pid() == daemon
 
 
 @pytest.mark.parametrize("signal", ["KILL", "SEGV", "USR2", "ABRT"])
@@ -197,24 +207,46 @@ def test_the_score_and_that_nothing_is_misspelt(units: Machine) -> None:
     assert "llmux" not in verified.stdout, verified.stdout
 
 
-def test_what_the_sandbox_lets_through(units: Machine) -> None:
-    units.put("/usr/local/bin/probe", HERE / "probe.py", 0o755)
-    units.run("mkdir -p /run/systemd/system/llmuxd.service.d /home/alice && mknod -m 0660 /dev/nvidia0 c 1 5")
-    units.run("chgrp video /dev/nvidia0 && mkdir -p /dev/dri && mknod -m 0660 /dev/dri/renderD128 c 1 5")
-    units.run("chgrp render /dev/dri/renderD128")
-    units.put(
-        "/etc/systemd/system/llmuxd.service.d/probe.conf",
-        "[Service]\nType=exec\nExecStart=\nExecStart=/usr/local/bin/probe\nRestart=no\n",
+def probed(machine: Machine, *drop_ins: Path) -> dict[str, Any]:
+    """What probe.py finds when it is run by the unit in the daemon's place."""
+    folder = "/etc/systemd/system/llmuxd.service.d"
+    machine.put("/usr/local/bin/probe", HERE / "probe.py", 0o755)
+    machine.put(
+        f"{folder}/probe.conf", "[Service]\nType=exec\nExecStart=\nExecStart=/usr/local/bin/probe\nRestart=no\n"
     )
+    for drop_in in drop_ins:
+        machine.put(f"{folder}/{drop_in.name}", drop_in)
     try:
-        units.run("systemctl daemon-reload && systemctl start llmuxd")
-        units.wait_for_state("llmuxd.service", "inactive")
-        seen = json.loads(units.path("/var/lib/llmux/probe.json").read_text())
+        machine.run("rm -f /var/lib/llmux/probe.json; systemctl daemon-reload && systemctl start llmuxd")
+        machine.wait_for_state("llmuxd.service", "inactive")
+        seen: dict[str, Any] = json.loads(machine.path("/var/lib/llmux/probe.json").read_text())
     finally:
-        units.run("rm -r /etc/systemd/system/llmuxd.service.d; systemctl daemon-reload; systemctl stop llmuxd")
+        machine.run(f"rm -r {folder}; systemctl daemon-reload; systemctl stop llmuxd")
+    return seen
+
+
+def test_what_the_drop_in_for_checkpoints_adds(units: Machine) -> None:
+    """The kernel lets CRIU save a process under a system call filter only if CRIU is under none."""
+    seen = probed(units, TOP / "packaging/systemd/checkpoint.conf")
+    # The machine's first process is under a few of its own, nspawn's.
+    assert seen["system call filters"] == units.out("grep Seccomp_filters: /proc/1/status").split()[1]
+    admin, ptrace, restore = 1 << 21, 1 << 19, 1 << 40
+    wanted = (admin | ptrace | restore) & bounding(units)
+    assert int(seen["capabilities"], 16) & wanted == wanted
+
+
+def bounding(machine: Machine) -> int:
+    """The capabilities that there are in this machine, which is itself in a container."""
+    return int(machine.out("grep CapBnd: /proc/1/status").split()[1], 16)
+
+
+def test_what_the_sandbox_lets_through(units: Machine) -> None:
+    units.run("mkdir -p /home/alice /dev/dri && mknod -m 0660 /dev/nvidia0 c 1 5 && chgrp video /dev/nvidia0")
+    units.run("mknod -m 0660 /dev/dri/renderD128 c 1 5 && chgrp render /dev/dri/renderD128")
+    seen = probed(units)
     expected = dict(EXPECTED)
-    bounding = units.out("grep CapBnd: /proc/1/status").split()[1]
-    if not int(bounding, 16) & CAP_SYS_RESOURCE:
+    assert int(seen.pop("system call filters")) > 2
+    if not bounding(units) & CAP_SYS_RESOURCE:
         # This machine is in a container that may not raise limits: what the unit asks for is all there is to see.
         assert units.show("llmuxd.service", "LimitMEMLOCK") == "infinity"
         assert units.show("llmuxd.service", "LimitNOFILE") == str(expected["descriptors"])
