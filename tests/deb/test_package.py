@@ -44,9 +44,10 @@ def test_it_installs_with_what_the_release_has(machine: Machine, deb: Path) -> N
     assert machine.out("dpkg --audit") == ""
 
 
-def test_the_packages_own_test(installed: Machine) -> None:
-    installed.put("/srv/smoke", TOP / "packaging/deb/debian/tests/smoke", 0o755)
-    print(installed.out("/srv/smoke"))
+def test_the_packages_own_tests(installed: Machine) -> None:
+    for name in ("smoke", "serve"):
+        installed.put(f"/srv/{name}", TOP / f"packaging/deb/debian/tests/{name}", 0o755)
+        print(installed.out(f"/srv/{name}", timeout=300))
 
 
 def test_an_upgrade_restarts_the_daemon_once_and_the_port_never(installed: Machine, newer_deb: Path) -> None:

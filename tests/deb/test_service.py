@@ -87,9 +87,14 @@ def status(machine: Machine) -> dict[str, Any]:
 
 
 def engines(machine: Machine) -> dict[str, tuple[int, str]]:
-    """Model -> pid and start of its engine."""
+    """Model -> pid and start of its engine. One that ends in this very moment has none."""
     pids = {name: model["pid"] for name, model in status(machine)["models"].items() if model["pid"]}
-    return {name: (pid, machine.create_time(pid)) for name, pid in pids.items()}
+    stats = {name: machine.run(["cat", f"/proc/{pid}/stat"], check=False) for name, pid in pids.items()}
+    return {
+        name: (pids[name], stat.stdout.rsplit(")", 1)[1].split()[19])
+        for name, stat in stats.items()
+        if stat.returncode == 0
+    }
 
 
 @dataclass
@@ -212,7 +217,7 @@ class TestUnderLoad:
         before = engines(service)
         with load(service) as found:
             write_config(service, a="", b='aliases = ["bee"]\nextra_args = ["--max-model-len", "512"]')
-            assert "models.b.extra_args is changed" in service.out(["llmuxctl", "reload"])
+            assert "models.b.extra_args: " in service.out(["llmuxctl", "reload"])
             service.wait(lambda: engines(service).get("b") not in (None, before["b"]), 30, "b is started anew")
         assert found.bad() == []
         assert engines(service)["a"] == before["a"]
@@ -239,8 +244,9 @@ class TestUnderLoad:
 
 def assert_nothing_runs(machine: Machine) -> None:
     machine.wait(lambda: machine.processes() == {}, 20, "every process is gone")
-    cgroups = "find /sys/fs/cgroup -name 'engine-*' -o -name 'llmuxd.service'"
-    machine.wait(lambda: machine.out(cgroups) == "", 10, "every cgroup is gone")
+    if machine.unified:  # With v1 it is systemd that is late to remove those that are empty.
+        cgroups = "find /sys/fs/cgroup -name 'engine-*' -o -name 'llmuxd.service'"
+        machine.wait(lambda: machine.out(cgroups) == "", 10, "every cgroup is gone")
     assert machine.out("ls /run/llmux/engines") == ""
     assert machine.run("curl -sS -m 5 http://127.0.0.1:3000/health", check=False).returncode == 7, "refused"
 
