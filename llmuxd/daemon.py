@@ -20,7 +20,7 @@ from aiohttp import web
 
 from llmuxd.app import App, build_app, run_warmup
 from llmuxd.book import Book
-from llmuxd.config import Config
+from llmuxd.config import DEFAULT_LISTEN, DEFAULT_PORT, Config
 from llmuxd.control import serve_control
 from llmuxd.control.api import BadConfig, ControlFailed
 from llmuxd.core.events import HandOver
@@ -123,7 +123,8 @@ def _sockets_for(config: Config) -> tuple[list[socket.socket], list[socket.socke
 def _sockets_for_api(config: Config) -> list[socket.socket]:
     """Those that systemd holds for the daemon, and what the config says if that is not among them."""
     sockets = inherited(os.environ)
-    if any(is_for(one, config.listen, config.port) for one in sockets):
+    says_nothing = (config.listen, config.port) == (DEFAULT_LISTEN, DEFAULT_PORT)
+    if sockets and (says_nothing or any(is_for(one, config.listen, config.port) for one in sockets)):
         return sockets
     if sockets:
         log.warning(

@@ -11,6 +11,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+_EVERYWHERE = ("0.0.0.0", "::")
+
 FIRST_FD = 3
 """Where systemd's sockets begin (sd_listen_fds(3))."""
 
@@ -70,9 +72,10 @@ def port_of(sockets: Sequence[socket.socket]) -> int:
 
 
 def is_for(one: socket.socket, host: str, port: int) -> bool:
-    """Whether the socket listens on that address."""
+    """Whether who connects to that address comes to the socket."""
+    address, has_port = one.getsockname()[:2]
     try:
-        wanted = {info[4][:2] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        wanted = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError:
         return False
-    return one.getsockname()[:2] in wanted
+    return bool(has_port == port and (address in wanted or address in _EVERYWHERE))

@@ -11,9 +11,19 @@ from llmuxd.config.diff import Change, Effect, changes
 from llmuxd.config.errors import ConfigError, Problem
 from llmuxd.config.load import load_config, parse_config
 from llmuxd.config.schema import KEYS, Key, nearest
-from llmuxd.config.types import CheckpointConfig, Config, ModelConfig, ObjectStoreConfig, PolicyConfig
+from llmuxd.config.types import (
+    DEFAULT_LISTEN,
+    DEFAULT_PORT,
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    ObjectStoreConfig,
+    PolicyConfig,
+)
 
 __all__ = [
+    "DEFAULT_LISTEN",
+    "DEFAULT_PORT",
     "KEYS",
     "Change",
     "CheckpointConfig",

@@ -15,6 +15,9 @@ POLICIES_OF_0_7 = ("fifo", "cost_aware", "time_slice")
 COOLDOWN_OF_0_7_SECS = 5.0
 """What `min_active_secs` is under those policies if nothing is said. Others give turns of their own."""
 
+DEFAULT_LISTEN = "127.0.0.1"
+DEFAULT_PORT = 3000
+
 DEFAULT_EVICTION = EvictionPolicy(WeightStrategy.OFFLOAD, ProcessStrategy.KEEP_RUNNING)
 
 
@@ -99,8 +102,8 @@ class Config:
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     policy: PolicyConfig = PolicyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    port: int = 3000
-    listen: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    listen: str = DEFAULT_LISTEN
     metrics_port: int = 9090
     control_read_group: str = ""
     vllm_command: tuple[str, ...] = ("vllm",)

@@ -321,3 +321,13 @@ class TestConnections:
             connection.close()
             assert stack.process.wait(20) == 75
             stack.start(held=held)
+
+    def test_the_config_may_name_another_port_beside_the_one_that_is_held(self, daemon):
+        with socket.create_server(("127.0.0.1", 0)) as held, socket.create_server(("127.0.0.1", 0)) as probe:
+            own = probe.getsockname()[1]
+            probe.close()
+            stack = daemon("a", top={"port": own}).start(held=held)
+            assert stack.ask("a").status == 200
+            assert "both are served" in stack.log.read_text()
+            stack.port = own
+            assert stack.ask("a").status == 200

@@ -88,6 +88,15 @@ def test_those_of_systemd_are_taken_but_for_other_kinds(tmp_path):
         assert done.stdout == "[True] [False]\nTrue False False\n"
 
 
+def test_one_that_listens_everywhere_is_for_every_address_of_its_port(close):
+    sockets = bind("0.0.0.0", 0)
+    close(sockets)
+    port = port_of(sockets)
+    assert is_for(sockets[0], "127.0.0.1", port)
+    assert is_for(sockets[0], "0.0.0.0", port)
+    assert not is_for(sockets[0], "127.0.0.1", 1)
+
+
 def test_a_name_that_cannot_be_resolved_is_not_that_of_a_socket(close):
     sockets = bind("127.0.0.1", 0)
     close(sockets)
