@@ -32,7 +32,7 @@ for release; do
     echo "Making a small Debian $release in $tree (once, about a minute) ..."
     rm -rf "$tree"
     if ! debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,python3,procps,curl,ca-certificates \
-        "$release" "$tree" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}" >"$cache/deb/$release.log" 2>&1; then
+        "$release" "$tree" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$cache/deb/$release.log" 2>&1; then
         tail -20 "$cache/deb/$release.log" >&2
         exit 1
     fi
