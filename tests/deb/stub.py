@@ -96,6 +96,8 @@ def end(status, stop):
 
 
 def main():
+    if "--check" in sys.argv:
+        sys.exit(2 if os.path.exists(BAD) else 0)
     if "--stop-engines" in sys.argv:
         stop_engines()
         return 0

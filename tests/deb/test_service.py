@@ -229,8 +229,10 @@ class TestUnderLoad:
             done = service.run(["llmuxctl", "reload"], check=False)
             assert done.returncode == 2
             assert "did you mean 'model_path'?" in done.stdout
-            service.run(["systemctl", "reload", "llmuxd"])
+            assert service.run(["systemctl", "reload", "llmuxd"], check=False).returncode != 0
+            assert service.state("llmuxd") == "active"
         service.put(CONFIG, config + "\n", 0o644)
+        assert any("modl_path" in entry["MESSAGE"] for entry in service.entries("-u", "llmuxd", "-n", "50"))
         assert found.bad() == []
         assert (engines(service), service.main_pid()) == (before, daemon)
 

@@ -119,6 +119,25 @@ class TestKilled:
         assert states(stack) == {"a": "asleep", "b": "asleep"}
         assert identities(stack) == before
 
+    def test_with_paused_requests_it_sleeps_on_without_them(self, daemon):
+        stack = daemon("b", policy={"in_flight": "park", "policy_type": "fifo"}, a=SLOW_TOKENS).start()
+        assert stack.ask("b").status == 200
+        assert stack.ask("a").status == 200
+        before = identities(stack)
+        stream = stack.stream("a", tokens=5000)
+        events = stream.events()
+        next(events)
+        assert stack.ctl("pin", "b").returncode == 0
+        assert (states(stack), stack.model("a")["in_flight"]) == ({"a": "asleep", "b": "awake"}, 1)
+        stack.kill()
+        assert is_cut(events)
+        stack.start()
+        assert (states(stack), stack.model("a")["in_flight"]) == ({"a": "asleep", "b": "awake"}, 0)
+        assert stack.ctl("unpin").returncode == 0
+        assert stack.ask("a").status == 200
+        assert stack.engine_metric("a", "vllm:num_requests_running") == 0
+        assert identities(stack) == before
+
     def test_one_that_was_starting_goes_on(self, daemon):
         stack = daemon(a=SLOW_START).start()
         waiting = Caller(lambda: stack.ask("a"))

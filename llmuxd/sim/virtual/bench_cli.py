@@ -18,6 +18,9 @@ from llmuxd.core.settings import InFlight
 from llmuxd.sim.virtual.bench import Case, batch_cases, batch_workloads, run_case, serial_cases
 from llmuxd.sim.virtual.report import write_report
 
+CHECKOUTS_TRACES = Path("benchmarks/traces")
+"""Where the traces are in a checkout of llmux."""
+
 COLUMNS = "{:32} {:>7} {:>5} {:>10} {:>6} {:>8} {:>6} {:>8} {:>8} {:>8} {:>8}"
 
 
@@ -47,6 +50,8 @@ def _policies(_context: click.Context, _parameter: click.Parameter, names: tuple
 
 
 def _traces(_context: click.Context, _parameter: click.Parameter, folder: Path | None) -> Path | None:
+    if folder is None and CHECKOUTS_TRACES.is_dir():
+        return CHECKOUTS_TRACES
     if folder is None:
         click.echo("without --traces: the recorded traces are left out", err=True)
     return folder
@@ -56,7 +61,7 @@ TRACES = click.option(
     "--traces",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     callback=_traces,
-    help="A folder with the Aegaeon and Azure traces (aegaeon-*.csv, azure-2023-*.csv).",
+    help="A folder with the Aegaeon and Azure traces (aegaeon-*.csv, azure-2023-*.csv); in a checkout, its own.",
 )
 
 
