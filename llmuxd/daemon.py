@@ -217,7 +217,8 @@ async def _end_when_asked(app: App, signals: _Signals, service: Service) -> Endi
             closing = asyncio.create_task(app.close(bound))
         hurry = asyncio.create_task(signals.hurried.wait())
         await asyncio.wait([closing, hurry], return_when=asyncio.FIRST_COMPLETED)
-        if not closing.done():
+        # Once the engines are left, they are the next daemon's to stop.
+        if not closing.done() and not app.runtime.left:
             log.warning("asked again: %s at once", "leaving" if signals.hands_over else "stopping")
             if signals.hands_over:
                 app.runtime.post(HandOver(app.runtime.clock()))

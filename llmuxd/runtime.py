@@ -68,6 +68,8 @@ class Runtime:
         self.watchers: list[Callable[[c.Notice], None]] = [self.metrics.notice]
         self.all_stopped = asyncio.Event()
         self.handed_over = asyncio.Event()
+        self.left = False
+        """The engines are the next daemon's: nothing is done to them any more, and what the book says of them stays."""
         self._events: deque[e.Event] = deque()
         self._posting = False
         self._timer: asyncio.TimerHandle | None = None
@@ -176,7 +178,7 @@ class Runtime:
 
     def note(self, name: str) -> None:
         """Have the book say what there is of a model's engine."""
-        if self.book is None or name in self.adopting:
+        if self.book is None or self.left or name in self.adopting:
             return
         engine, model = self.engines.get(name), self.switcher.state.models.get(name)
         record = None if engine is None else engine.record()
@@ -294,8 +296,12 @@ class Runtime:
         """
         self.post(e.HandOver(self.clock() + timeout))
         await self._until(self.handed_over, timeout + self.config.wake_timeout_secs)
-        for engine in self.engines.values():
-            await engine.let_go()
+        self.left = True
+        leaving = [engine.let_go() for engine in self.engines.values()]
+        for operation in self._operations.values():
+            # A start goes on without us.
+            operation.cancel()
+        await asyncio.gather(*leaving)
         if self.book is not None:
             await self.book.flush()
         self._be_still()

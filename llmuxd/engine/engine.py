@@ -268,14 +268,12 @@ class Engine:
             run.kill_at = min(run.kill_at, kill_at)
         await asyncio.shield(run.stop_task)
 
-    async def let_go(self) -> None:
-        """Leave the engine to itself: it is not watched any more, and this object is of no more use."""
+    def let_go(self) -> Coroutine[Any, Any, None]:
+        """Leave the engine to itself, at once: this object is of no more use, and an operation that is cancelled after
+        this ends nothing. What is returned ends the watching, and is to be awaited."""
         run, self._run = self._run, None
         self._on_change = lambda: None
-        if run is not None and run.watch is not None:
-            await run.watch.close()
-        if run is not None and run.api is not None:
-            await run.api.close()
+        return _part_with(run)
 
     # Starting
 
@@ -468,3 +466,10 @@ class Engine:
 def _api(run: Run) -> VllmApi:
     assert run.api is not None, "an engine that is ready has been spawned"
     return run.api
+
+
+async def _part_with(run: Run | None) -> None:
+    if run is not None and run.watch is not None:
+        await run.watch.close()
+    if run is not None and run.api is not None:
+        await run.api.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from tests.integration.stack import Caller, Daemon, until
+from tests.integration.stack import Caller, Daemon, free_port, until
 
 SLOW_TOKENS = {"env": {"LLMUX_SIM_SCALE": "1", "LLMUX_SIM_TOKENS_PER_S": "50", "LLMUX_SIM_START_SECS": "0"}}
 SLOW_SLEEP = {
@@ -257,6 +257,33 @@ class TestHandOver:
         stack.start()
         assert states(stack)["a"] == "awake"
         assert stack.ask("a").status == 200
+
+    def test_an_engine_that_starts_goes_on_starting(self, daemon):
+        stack = daemon(top={"shutdown_timeout_secs": 0.2}, a=SLOW_START).start()
+        waiting = Caller(lambda: stack.ask("a"))
+        until(lambda: stack.model("a")["pid"], "it starts")
+        before = identities(stack)
+        stack.process.send_signal(signal.SIGUSR2)
+        assert waiting.result().status == 503, "its time is over before that of the start is"
+        assert stack.process.wait(20) == 75
+        stack.start()
+        assert stack.ask("a").status == 200
+        assert identities(stack) == before
+
+    def test_one_that_starts_goes_on_while_connections_are_ended(self, daemon):
+        stack = daemon(top={"shutdown_timeout_secs": 0.3}, a={**SLOW_START, "port": free_port()}).start()
+        waiting = Caller(lambda: stack.ask("a"))
+        until(lambda: stack.model("a")["pid"], "it starts")
+        before = identities(stack)
+        with socket.create_connection(("127.0.0.1", stack.port)) as half_sent:
+            half_sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+            assert stack.get("/health").status == 200
+            stack.process.send_signal(signal.SIGUSR2)
+            assert stack.process.wait(20) == 75
+        waiting.join()
+        stack.start()
+        assert stack.ask("a").status == 200
+        assert identities(stack) == before
 
     def test_sigterm_stops_the_engines_after_all(self, daemon):
         stack = daemon("b", a=SLOW_TOKENS).start()
