@@ -71,6 +71,10 @@ async def adopt_engines(runtime: Runtime, entries: dict[str, Entry]) -> None:
     runtime.adopting.update(entries)
     found = [_Found(entry, *_engine_for(runtime, name, entry)) for name, entry in entries.items()]
     await asyncio.gather(*(one.look() for one in found))
+    for one in found:
+        if one.state is not None and one.engine.over:
+            # It died while others were looked at, and the core had not heard of it yet.
+            one.state, one.problem = None, one.engine.over
     # Those that are awake first: they have the memory.
     for one in sorted(found, key=lambda one: one.state is EngineState.ASLEEP):
         if one.state is not None and not _take_over(runtime, one):

@@ -34,6 +34,9 @@ from llmuxd.tasks import finish, poll
 
 READY_POLL_SECS = 0.02
 READY_TIMEOUT_SECS = 5.0
+ADOPT_SECS = 120.0
+"""How long an engine that was found may take to show what it is. Nobody is served meanwhile."""
+
 SHOWN_LOG_LINES = 15
 
 _SEARCHED_LOG_LINES = 200
@@ -89,6 +92,11 @@ class Engine:
     def outdated(self) -> bool:
         """Whether there is an engine, and it was started from something else than the next one would be."""
         return self._run is not None and self._run.fingerprint != fingerprint(self.spec)
+
+    @property
+    def over(self) -> str:
+        """Why the engine that there is can do nothing any more: it died, or is being stopped; else empty."""
+        return self._run.over.result() if self._run is not None and self._run.over.done() else ""
 
     @property
     def pid(self) -> int | None:
@@ -152,12 +160,13 @@ class Engine:
         Raises EngineError if it is not fit for use.
         """
         run, info = self._running()
-        state = await state_of(_api(run), was, asleep_by, can_park=info.can_park, can_sleep=info.can_sleep)
+        looking = state_of(_api(run), was, asleep_by, can_park=info.can_park, can_sleep=info.can_sleep)
+        state = await self._until_over(run, looking, ADOPT_SECS, "a look at it")
         assert run.watch is not None
         if state is EngineState.STARTING:
             return state
         if was is EngineState.STARTING:
-            self.info = await self._become_ready(run)
+            self.info = await self._until_over(run, self._become_ready(run), ADOPT_SECS, "a look at it")
         else:
             run.watch.serving()
         run.ready = True

@@ -138,7 +138,7 @@ class Daemon:
                 pass_fds=() if held is None else (held.fileno(),),
             )
         if wait:
-            until(self._serves, "llmuxd serves")
+            until(self.serves, "llmuxd serves")
         return self
 
     def llmuxd(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -146,7 +146,8 @@ class Daemon:
         argv = [sys.executable, "-m", "llmuxd", *words]
         return subprocess.run(argv, env=self._env, capture_output=True, text=True, timeout=DEADLINE_SECS * 2)
 
-    def _serves(self) -> bool:
+    def serves(self) -> bool:
+        """Whether it answers that all is well; it has not ended."""
         assert self.process.poll() is None, self.log.read_text()
         with contextlib.suppress(OSError):
             return self.get("/health").status == 200

@@ -159,7 +159,7 @@ class TestWarmup:
         # Nobody else gets the port meanwhile.
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", stack.port))
-        until(stack._serves, "it serves")
+        until(stack.serves, "it serves")
         assert {model["engine"] for model in stack.status()["models"].values()} == {"asleep"}
 
     def test_a_model_that_fails_does_not_keep_the_others_from_serving(self, daemon):

@@ -138,6 +138,21 @@ class TestKilled:
         assert stack.engine_metric("a", "vllm:num_requests_running") == 0
         assert identities(stack) == before
 
+    def test_one_that_dies_while_another_is_waited_for_is_started_again(self, daemon):
+        stack = a_awake_b_asleep(daemon, a=SLOW_SLEEP)
+        server, _ = stack.engine_pids("b")
+        waiting = Caller(lambda: stack.ask("b"))
+        until(lambda: states(stack)["a"] == "falling_asleep", "it falls asleep")
+        stack.kill()
+        waiting.join()
+        stack.start(wait=False)
+        until(lambda: stack.log.read_text().count("Using selector") == 2, "it looks at them")
+        time.sleep(0.3)
+        psutil.Process(server).kill()
+        until(stack.serves, "it serves")
+        assert stack.ask("b").status == 200
+        assert "a: adopted" in stack.log.read_text()
+
     def test_one_that_was_starting_goes_on(self, daemon):
         stack = daemon(a=SLOW_START).start()
         waiting = Caller(lambda: stack.ask("a"))
