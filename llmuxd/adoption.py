@@ -149,7 +149,8 @@ def _kill_strays(state_dir: Path, spared: Sequence[EngineProcess], folders: Coll
     """Kill what an earlier daemon started and did not come to note. Blocks."""
     mark = f"{OWNER_ENV}={state_dir}\0".encode()
     ours = {process.cgroup.path for process in spared if process.cgroup is not None}
-    groups = [group for folder in sorted(folders) for group in engines_in(folder) if group.path not in ours]
+    there = [group for folder in sorted(folders) for group in engines_in(folder, str(state_dir))]
+    groups = [group for group in there if group.path not in ours]
     killed = kill_marked(mark, groups, spared)
     if killed:
         log.warning("processes that an earlier daemon has left were killed: %s", ", ".join(map(str, killed)))

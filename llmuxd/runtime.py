@@ -22,7 +22,7 @@ from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState
 from llmuxd.core.state import WITHOUT_PROCESS, IllegalEvent, Model, check_placement
 from llmuxd.engine import Engine, EngineError, engine_spec
-from llmuxd.engine.cgroup import PREFIX, Cgroup, delegated
+from llmuxd.engine.cgroup import Cgroup, delegated, group_of
 from llmuxd.engine.spec import slug
 from llmuxd.gate import Gate
 from llmuxd.metrics import Metrics
@@ -82,7 +82,7 @@ class Runtime:
     def _add(self, name: str) -> None:
         """Be ready to start the engine of a model that is in the config and in the core."""
         spec = engine_spec(self.config, self.config.models[name])
-        group = None if self._cgroups is None else Cgroup(self._cgroups / (PREFIX + slug(name, 64)))
+        group = None if self._cgroups is None else Cgroup(group_of(self._cgroups, spec.owner, slug(name, 64)))
         self.engines[name] = Engine(spec, self._death_of(name), partial(self.note, name), group)
         model = self.switcher.state.models[name]
         # A model's queue may be replaced, so that it is looked up each time.

@@ -7,11 +7,14 @@ process itself, and systemd could not put the next daemon into it.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-PREFIX = "engine-"
+_PREFIX = "engine-"
+_IN_A_GROUP = re.compile(rf"/{_PREFIX}[0-9a-f]{{8}}-.*")
 
 _DELEGATED = ("user.delegate", "trusted.delegate")
 """How systemd marks what it has delegated."""
@@ -58,7 +61,7 @@ def delegated(root: Path = ROOT, own: Path = Path("/proc/self/cgroup")) -> Path 
     """The folder of this process's control group, if it is one of v2 that is this process's to divide."""
     try:
         line = next((line for line in own.read_text().splitlines() if line.startswith("0::/")), "")
-        path = root / line.removeprefix("0::/").partition("/" + PREFIX)[0]
+        path = root / _IN_A_GROUP.sub("", line.removeprefix("0::/"))
         usable = line and (path / "cgroup.kill").exists() and os.access(path / "cgroup.procs", os.W_OK)
         if usable and (0 < path.stat().st_uid == os.getuid() or _is_marked(path)):
             return path
@@ -77,9 +80,18 @@ def _is_marked(path: Path) -> bool:
     return False
 
 
-def engines_in(folder: Path) -> list[Cgroup]:
-    """The groups of engines there, whoever made them."""
+def group_of(folder: Path, owner: str, name: str) -> Path:
+    """Where the group of an engine is; `owner` is the state folder of its daemon, as others may have engines beside."""
+    return folder / f"{_prefix(owner)}{name}"
+
+
+def engines_in(folder: Path, owner: str) -> list[Cgroup]:
+    """The groups there of the engines of that owner, whichever daemon made them."""
     try:
-        return [Cgroup(path) for path in sorted(folder.glob(PREFIX + "*")) if path.is_dir()]
+        return [Cgroup(path) for path in sorted(folder.glob(_prefix(owner) + "*")) if path.is_dir()]
     except OSError:
         return []
+
+
+def _prefix(owner: str) -> str:
+    return f"{_PREFIX}{hashlib.sha256(os.fsencode(owner)).hexdigest()[:8]}-"

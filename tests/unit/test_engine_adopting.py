@@ -12,7 +12,7 @@ from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.engine import EngineError, adopting
 from llmuxd.engine.api import Health
-from llmuxd.engine.cgroup import Cgroup, delegated, engines_in
+from llmuxd.engine.cgroup import Cgroup, delegated, engines_in, group_of
 
 OFFLOAD, DISCARD, RETAIN = (
     EvictionPolicy.parse(f"{weights}+keep_running") for weights in ("offload", "discard", "retain")
@@ -116,6 +116,24 @@ class TestCgroups:
         monkeypatch.setattr(Path, "stat", lambda self, **_: type("Stat", (), {"st_uid": 1234})())
         assert delegated(tmp_path, own) == tmp_path / "a"
 
+    @pytest.mark.parametrize(
+        ("own", "divided"),
+        [
+            ("/app/llmuxd.service", "app/llmuxd.service"),
+            (f"/app/{group_of(Path('llmuxd.service'), '/state', 'a')}/deeper", "app/llmuxd.service"),
+            ("/app/engine-room.service", "app/engine-room.service"),
+        ],
+    )
+    def test_the_group_of_an_engine_is_left_for_the_daemons(self, tmp_path, monkeypatch, own, divided):
+        (tmp_path / "own").write_text(f"0::{own}\n")
+        for folder in (tmp_path / "app", tmp_path / divided):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("cgroup.procs", "cgroup.kill"):
+                (folder / name).write_text("")
+        monkeypatch.setattr("os.getuid", lambda: 1234)
+        monkeypatch.setattr(Path, "stat", lambda self, **_: type("Stat", (), {"st_uid": 1234})())
+        assert delegated(tmp_path, tmp_path / "own") == tmp_path / divided
+
     def test_with_v1_alone_there_is_none(self, tmp_path):
         own = tmp_path / "own"
         own.write_text("12:pids:/x\n1:name=systemd:/x\n")
@@ -123,7 +141,7 @@ class TestCgroups:
         assert delegated(tmp_path, tmp_path / "missing") is None
 
     def test_a_process_is_moved_found_and_killed(self, tmp_path):
-        group = Cgroup(tmp_path / "engine-a")
+        group = Cgroup(group_of(tmp_path, "/state", "a"))
         assert group.pids() == set()
         assert group.enter(17)
         assert (group.path / "cgroup.procs").read_text() == "17"
@@ -133,11 +151,12 @@ class TestCgroups:
         assert (group.path / "cgroup.kill").read_text() == "1"
         group.remove()
         assert group.path.exists(), "it is not empty"
-        assert [one.path.name for one in engines_in(tmp_path)] == ["engine-a"]
+        assert [one.path for one in engines_in(tmp_path, "/state")] == [group.path]
+        assert engines_in(tmp_path, "/another") == [], "those of another daemon are not ours"
 
     def test_where_it_cannot_be_made_nothing_is_lost(self, tmp_path):
         group = Cgroup(tmp_path / "missing" / "engine-a")
         assert not group.enter(17)
         group.kill()
         group.remove()
-        assert engines_in(tmp_path / "missing") == []
+        assert engines_in(tmp_path / "missing", "/state") == []
