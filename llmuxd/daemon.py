@@ -204,8 +204,10 @@ async def _end_when_asked(app: App, signals: _Signals, service: Service) -> Endi
     await signals.asked.wait()
     how = Ending.HANDED_OVER if signals.hands_over else Ending.STOPPED
     service.stopping()
-    bound = app.runtime.config.shutdown_timeout_secs
-    async with service.patience():
+    config = app.runtime.config
+    bound = config.shutdown_timeout_secs
+    # With a process that cannot be killed it might take for ever: then systemd's own bound counts.
+    async with service.patience(bound + config.wake_timeout_secs + config.stop_timeout_secs):
         if how is Ending.HANDED_OVER:
             log.info("making way for the next daemon: finishing what is in flight for at most %g s", bound)
             if signals.site is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -49,11 +50,13 @@ class Service:
         self._notifier.notify(f"STATUS={text}")
 
     @asynccontextmanager
-    async def patience(self) -> AsyncIterator[None]:
-        """As long as the block lasts, systemd waits for it whatever its unit says."""
+    async def patience(self, most: float = math.inf) -> AsyncIterator[None]:
+        """As long as the block lasts, and for `most` seconds, systemd waits for it whatever its unit says."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + most
 
         async def ask() -> None:
-            while True:
+            while loop.time() < until:
                 self._notifier.notify(f"EXTEND_TIMEOUT_USEC={int(EXTEND_BY_SECS * 1e6)}")
                 await asyncio.sleep(EXTEND_EVERY_SECS)
 

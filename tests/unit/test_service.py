@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ import pytest
 from llmuxd import logs
 from llmuxd.core import events as e
 from llmuxd.notices import log_notice
-from llmuxd.service import status_line
+from llmuxd.service import Service, status_line
 from tests.core.playbook import DISCARD, OFFLOAD, Play, spec
 
 WELL = (True, "ok")
@@ -125,3 +126,31 @@ def test_a_line_about_a_model_has_its_name_and_the_switch_as_fields(caplog):
     ]
     assert ("switch", "a", 1) in found
     assert ("a:", "a", None) in found
+
+
+class Notifier:
+    """Keeps what systemd would be told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def notify(self, text: str) -> None:
+        self.told.append(text)
+
+
+def test_more_time_is_asked_for_while_something_lasts_and_no_longer_than_is_due(monkeypatch):
+    monkeypatch.setattr("llmuxd.service.EXTEND_EVERY_SECS", 0.001)
+
+    async def run() -> tuple[int, int]:
+        notifier: Any = Notifier()
+        service = Service({}, notifier)
+        async with service.patience():
+            while len(notifier.told) < 3:
+                await asyncio.sleep(0)
+        after = len(notifier.told)
+        async with service.patience(most=0.0):
+            await asyncio.sleep(0.02)
+        return after, len(notifier.told)
+
+    asked, then = asyncio.run(run())
+    assert (asked >= 3, then) == (True, asked)
