@@ -246,7 +246,8 @@ class EngineProcess:
 def kill_marked(mark: bytes, groups: Sequence[Cgroup], spared: Sequence[EngineProcess]) -> list[int]:
     """Kill every process with `mark` in its environment or in one of the groups, and what descends from it.
 
-    All but those of the engines in `spared`. Returns the pids of those killed. Blocks until they are gone, or for
+    All but those of the engines in `spared`, and those in containers: the mark names a folder, and a daemon in a
+    container may have one of the same name. Returns the pids of those killed. Blocks until they are gone, or for
     `KILL_SECS`.
     """
     deadline = time.monotonic() + KILL_SECS
@@ -257,6 +258,7 @@ def kill_marked(mark: bytes, groups: Sequence[Cgroup], spared: Sequence[EnginePr
         # Looked up after the others were found: what one of them has forked meanwhile is not among those.
         kept = {proc for process in spared for proc in process.refresh(thorough=True)}
         alive = [proc for proc, stat in found.items() if stat.alive and proc not in kept]
+        alive = [proc for proc in alive if proc.pid in inside or not proctable.is_in_a_container(proc.pid)]
         if not alive:
             break
         known.update(alive)

@@ -87,6 +87,15 @@ def has_mark(pid: int, mark: bytes) -> bool:
     return mark in _read(f"{PROC}/{pid}/environ")
 
 
+def is_in_a_container(pid: int) -> bool:
+    """Whether the process has numbers of its own for processes: what is written in its environment is about another
+    machine, so to speak."""
+    try:
+        return os.readlink(f"{PROC}/{pid}/ns/pid") != os.readlink(f"{PROC}/self/ns/pid")
+    except OSError:
+        return False
+
+
 def arguments(pid: int) -> tuple[str, ...]:
     """The command line, argument by argument; empty if it cannot be read."""
     return tuple(part.decode("utf-8", "replace") for part in _read(f"{PROC}/{pid}/cmdline").split(b"\0")[:-1])

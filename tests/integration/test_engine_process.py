@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmuxd.engine import proctable, shm
-from llmuxd.engine.process import EngineProcess, _send
+from llmuxd.engine.process import EngineProcess, _send, kill_marked
 
 Spawn = Callable[[str], EngineProcess]
 
@@ -163,6 +164,23 @@ def test_another_engine_and_other_processes_are_left_alone(spawn: Spawn, tmp_pat
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_what_a_daemon_in_a_container_has_started_is_left_alone() -> None:
+    mark = f"LLMUX_TEST_MARK={os.getpid()}"
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "env", mark, "sleep", "60"]
+    with subprocess.Popen(inside, stderr=subprocess.DEVNULL) as there:
+        try:
+            wait_for(lambda: there.poll() is not None or psutil.Process(there.pid).children(), "it runs")
+            if there.poll() is not None:
+                pytest.skip("namespaces cannot be made here")
+            with subprocess.Popen(["env", mark, "sleep", "60"]) as here:
+                wait_for(lambda: psutil.Process(here.pid).name() == "sleep", "it runs")
+                wait_for(lambda: psutil.Process(there.pid).children()[0].name() == "sleep", "it runs")
+                assert kill_marked(mark.encode() + b"\0", [], []) == [here.pid]
+            assert there.poll() is None
+        finally:
+            there.kill()
 
 
 def test_a_signal_does_not_reach_a_process_that_got_the_pid(spawn: Spawn) -> None:

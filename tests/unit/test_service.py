@@ -16,6 +16,7 @@ from llmuxd import logs
 from llmuxd.core import events as e
 from llmuxd.notices import log_notice
 from llmuxd.service import Service, status_line
+from llmuxd.tasks import poll
 from tests.core.playbook import DISCARD, OFFLOAD, Play, spec
 
 WELL = (True, "ok")
@@ -138,6 +139,10 @@ class Notifier:
         self.told.append(text)
 
 
+async def _true(value: bool) -> bool:
+    return value
+
+
 def test_more_time_is_asked_for_while_something_lasts_and_no_longer_than_is_due(monkeypatch):
     monkeypatch.setattr("llmuxd.service.EXTEND_EVERY_SECS", 0.001)
 
@@ -145,8 +150,7 @@ def test_more_time_is_asked_for_while_something_lasts_and_no_longer_than_is_due(
         notifier: Any = Notifier()
         service = Service({}, notifier)
         async with service.patience():
-            while len(notifier.told) < 3:
-                await asyncio.sleep(0)
+            await poll(lambda: _true(len(notifier.told) >= 3), 0.001)
         after = len(notifier.told)
         async with service.patience(most=0.0):
             await asyncio.sleep(0.02)
