@@ -147,10 +147,16 @@ class Book:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the file by one with this content, and see that it is on the disk. Raises OSError."""
+    """Replace the file by one with this content, and see that it is on the disk. Raises OSError.
+
+    Written by root, it belongs to who has the folder: the daemon of another user has to read it.
+    """
     new = path.with_name(path.name + ".new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
     with os.fdopen(descriptor, "w") as file:
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

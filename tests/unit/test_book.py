@@ -75,6 +75,13 @@ def test_only_the_daemon_reads_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["engines.json"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root writes for others")
+def test_written_by_root_it_is_the_daemons_all_the_same(tmp_path):
+    os.chown(tmp_path, 1234, 1235)
+    found = written(tmp_path, ASLEEP).stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 1235, 0o600)
+
+
 def test_another_boots_engines_and_mode_are_gone(tmp_path):
     file = written(tmp_path, ASLEEP, mode=SwitchMode(True))
     file.write_text(file.read_text().replace(boot_id(), "another"))
