@@ -369,12 +369,11 @@ class TestConnections:
             body = json.dumps({"model": "a", "prompt": "x", "max_tokens": 60})
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
             until(lambda: stack.model("a")["in_flight"] == 1, "it is in flight")
-            idle = socket.create_connection(("127.0.0.1", stack.port))
-            idle.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert idle.recv(65536).startswith(b"HTTP/1.1 200")
+            idle = http.client.HTTPConnection("127.0.0.1", stack.port, timeout=20)
+            idle.request("GET", "/v1/models")
+            assert idle.getresponse().read()
             stack.process.send_signal(signal.SIGUSR2)
-            idle.settimeout(10)
-            assert idle.recv(65536) == b"", "one that is idle is closed"
+            assert idle.sock.recv(65536) == b"", "one that is idle is closed"
             idle.close()
             answer = connection.getresponse()
             assert (answer.status, answer.headers["Connection"]) == (200, "close")
