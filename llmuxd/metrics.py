@@ -54,6 +54,13 @@ class Metrics:
         for state in EngineState:
             self.state.labels(model, state.value).set(state is EngineState.NOT_STARTED)
 
+    def remove_model(self, model: str) -> None:
+        """Make the gauges of a model disappear that is not there any more; what was counted of it stays."""
+        for gauge in (self.active, self.in_flight, self.queued, self.parked):
+            gauge.remove(model)
+        for state in EngineState:
+            self.state.remove(model, state.value)
+
     def notice(self, notice: c.Notice) -> None:
         """Count what the core tells of engines and switches."""
         if isinstance(notice, c.EngineChanged):
@@ -62,6 +69,8 @@ class Metrics:
             self.active.labels(notice.model).set(notice.new is EngineState.AWAKE)
             if notice.new is EngineState.FAILED:
                 self.engine_failures.labels(notice.model).inc()
+        elif isinstance(notice, c.ModelGone):
+            self.remove_model(notice.model)
         elif isinstance(notice, c.PolicyFailed):
             self.policy_failures.labels(notice.policy).inc()
         elif isinstance(notice, c.SwitchPhaseEnded):
