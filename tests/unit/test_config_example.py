@@ -21,6 +21,7 @@ from llmuxd.config import (
     parse_config,
 )
 from llmuxd.config.load import tomllib
+from llmuxd.core.policies import Tenure
 
 EXAMPLE = Path(__file__).parents[2] / "etc" / "llmux.toml"
 CLASSES = {
@@ -76,6 +77,12 @@ class TestKeys:
             assert used == getattr(place[other_table], other_name)
         else:
             assert used == key.kind.read(tomllib.loads(f"x = {key.default}")["x"])
+
+    def test_what_is_said_of_tenure_is_what_it_does(self):
+        said = f"{Tenure().overdue_costs:g} times the cost of a switch"
+        (key,) = (key for key in KEYS if key.path == "policy.max_wait_secs")
+        assert said in key.meaning
+        assert said in EXAMPLE.read_text()
 
     def test_every_field_has_a_key(self):
         not_keys = {"runtime_dir", "state_dir", "warnings", "name"} | {"models", "policy", "checkpoint", "object_store"}
