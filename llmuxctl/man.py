@@ -40,14 +40,18 @@ _ENVIRONMENT = {
 }
 
 _TABLES = {
-    "": ("TOP LEVEL", "Above all tables."),
+    "": (
+        "TOP LEVEL",
+        "Above all tables. As a service, llmuxd serves the address of llmuxd.socket, and that of `listen` and `port`, "
+        "too, if they are set to another one.",
+    ),
     "models.*": (
         "[models.NAME]",
         "A table for each model. NAME is what clients put into the field `model`. A name with other characters than "
         'letters, digits, - and _ is quoted: [models."org/name"].',
     ),
     "policy": ("[policy]", "Which model is next, and how a switch goes."),
-    "checkpoint": ("[checkpoint]", "The tools and folders of checkpoints."),
+    "checkpoint": ("[checkpoint]", "The tools and folders of checkpoints: read and checked, not used yet."),
     "checkpoint.object_store": ("[checkpoint.object_store]", "An S3-compatible store for images."),
 }
 
@@ -58,7 +62,8 @@ _EVICTION = (
     ("offload+stop, discard+stop, retain+stop", "The process ends: everything is free, the next start is a cold one."),
     (
         "...+cuda_suspend, ...+checkpoint",
-        "The process is moved off the device by cuda-checkpoint, or to disk by CRIU; a stop where that cannot be done.",
+        "Meant to move the process off the device by cuda-checkpoint, or to disk by CRIU: not supported yet, and "
+        "carried out as a stop.",
     ),
 )
 
@@ -219,18 +224,22 @@ def _signals(page: Page) -> None:
     page.item(
         bold("SIGHUP"),
         "Reload the configuration and apply what has changed in it: new models appear, removed ones finish what they "
-        "have in flight and stop, changed ones are started again when they are idle. One with an error changes "
-        "nothing; the log says why. The same as `systemctl reload llmuxd` and `llmuxctl reload`.",
+        "have in flight and stop, changed ones stop when they are next idle and are started anew when they are "
+        "wanted. One with an error changes nothing; the log says why. `systemctl reload llmuxd` and `llmuxctl reload` "
+        "do the same, and fail on an error. Where standard error is a terminal, SIGHUP means that the terminal is "
+        "gone, and counts as SIGTERM.",
     )
     page.item(
         bold("SIGUSR2"),
         "Hand over: finish what is in flight within `shutdown_timeout_secs`, leave the engines running, write the "
         "state file, and exit with 75. The next llmuxd takes the engines over. systemd sends it to stop or restart the "
-        "daemon.",
+        "daemon; llmux-engines.service ends the engines after a stop. A second one hurries.",
     )
     page.heading("EXIT STATUS")
     page.item(bold("0"), "Stopped as asked.")
-    page.item(bold("1"), "It cannot serve here: the port is taken, or a folder cannot be written.")
+    page.item(
+        bold("1"), "It cannot serve here: the port is taken, or a folder cannot be written. Or an engine did not end."
+    )
     page.item(bold("2"), "Wrong usage, or a configuration with errors; all of them are printed.")
     page.item(bold("75"), "Handed over: the engines run on for the next daemon.")
 
@@ -265,9 +274,9 @@ def _daemon_examples(page: Page) -> None:
     page.example(
         [
             "llmux-install-vllm",
-            "editor /etc/llmux/llmux.toml",
+            "editor /etc/llmux/conf.d/models.toml",
             "llmuxctl doctor",
-            "systemctl restart llmuxd",
+            "systemctl reload llmuxd",
             "llmuxctl status",
         ]
     )

@@ -53,8 +53,8 @@ def main(config_path: Path, check: bool, stop_engines: bool, demo: bool, port: i
 
     Runs in the foreground until SIGTERM or Ctrl-C, which lets requests in flight finish and stops every
     engine; a second one hurries. SIGUSR2 ends llmuxd alone: the engines run on, and the next llmuxd takes them over.
-    SIGHUP reads the config anew. LLMUX_RUNTIME_DIR and LLMUX_STATE_DIR move its folders away from /run/llmux
-    and /var/lib/llmux for a user without root.
+    SIGHUP reads the config anew; in a terminal, it ends llmuxd as SIGTERM does. LLMUX_RUNTIME_DIR and LLMUX_STATE_DIR
+    move its folders away from /run/llmux and /var/lib/llmux for a user without root.
     """
     from llmuxd import logs
 

@@ -205,8 +205,8 @@ def eviction(session: Session, model: str | None, policy: str | None) -> None:
 def reload(session: Session) -> None:
     """Read the configuration again and apply what has changed in it. One with an error changes nothing.
 
-    New models appear, removed ones finish what they have in flight and stop, changed ones are started again when
-    they are idle. Exit code 2, and every problem, if the configuration is bad.
+    New models appear, removed ones finish what they have in flight and stop, changed ones stop when they are
+    next idle and are started anew when they are wanted. Exit code 2, and every problem, if the configuration is bad.
 
     \b
     llmuxctl config diff
