@@ -116,7 +116,10 @@ def port(there: Situation) -> Finding:
     if finding.status is Status.OK and (there.config.listen, there.config.port) not in (_DEFAULT, (address, number)):
         said = f"{there.config.listen}:{there.config.port}"
         advice = "Remove them from the config, or: systemctl edit llmuxd.socket; ListenStream= clears, then yours"
-        return warn(f"llmuxd.socket listens on {held[1]}:{number}; listen and port, {said}, do not count", advice)
+        found = (
+            f"llmuxd.socket listens on {held[1]}:{number}, the config says {said}: only the socket's waits at a restart"
+        )
+        return warn(found, advice)
     return finding
 
 

@@ -420,9 +420,8 @@ def test_ports(made: Made) -> None:
 def test_the_port_that_systemd_holds(made: Made) -> None:
     unit = {"LoadState": "loaded", "Listen": "127.0.0.1:3000 (Stream)"}
     _is(service.port(made.there(unit=unit)), Status.OK, "3000 is free")
-    _is(
-        service.port(made.there({"port": 8000}, unit=unit)), Status.WARN, "do not count", "systemctl edit llmuxd.socket"
-    )
+    other = made.there({"port": 8000}, unit=unit)
+    _is(service.port(other), Status.WARN, "only the socket's waits", "systemctl edit llmuxd.socket")
     made.file("/proc/net/tcp", TCP + _listening("0100007F:0BB8", 42))
     made.root.joinpath("proc/1/fd").mkdir(parents=True)
     os.symlink("socket:[42]", made.root / "proc/1/fd/5")
