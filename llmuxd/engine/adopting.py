@@ -17,6 +17,8 @@ from llmuxd.engine.errors import EngineError
 HEALTH_SECS = 5.0
 SETTLE_SECS = 30.0
 """How long an engine that was falling asleep or waking may take to come to it."""
+BUSY_SECS = 90.0
+"""How long it may be silent meanwhile: a first sleep copies for longer than any question is waited for."""
 _POLL_SECS = 0.1
 
 
@@ -54,9 +56,15 @@ async def state_of(api: VllmApi, was: S, asleep_by: EvictionPolicy | None, *, ca
 async def _settled(api: VllmApi, wanted: bool, seconds: float) -> bool:
     """Whether it sleeps; if it is not yet as `wanted`, it is given that many seconds to be."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
+    began = loop.time()
+    deadline = began + seconds
     while True:
-        sleeping = await api.is_sleeping()
+        try:
+            sleeping = await api.is_sleeping()
+        except EngineError as error:
+            if error.kind is not FailureKind.TIMEOUT or not seconds or loop.time() >= began + BUSY_SECS:
+                raise
+            continue
         if sleeping is wanted or loop.time() >= deadline:
             return sleeping
         await asyncio.sleep(_POLL_SECS)

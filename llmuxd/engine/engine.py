@@ -167,6 +167,9 @@ class Engine:
             return state
         if was is EngineState.STARTING:
             self.info = await self._until_over(run, self._become_ready(run), ADOPT_SECS, "a look at it")
+            if self.info.can_sleep and await _api(run).is_sleeping():
+                # Where the disk was full, the record is older than its sleep.
+                raise EngineError(FailureKind.LIED, "it sleeps, and nobody knows by which level")
         else:
             run.watch.serving()
         run.ready = True

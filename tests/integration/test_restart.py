@@ -188,6 +188,20 @@ class TestKilled:
         assert "cannot be understood" in stack.log.read_text()
         assert (stack.home / "state" / "engines.unreadable").exists()
 
+    def test_a_state_file_that_could_not_be_written_does_not_make_a_sleeper_awake(self, daemon):
+        stack = daemon("a").start()
+        assert stack.ask("a").status == 200
+        assert stack.ctl("sleep", "a").returncode == 0
+        stack.kill()
+        file = stack.home / "state" / "engines.json"
+        data = json.loads(file.read_text())
+        data["engines"]["a"].update(state="starting", asleep_by=None)
+        data["engines"]["a"]["record"].update(can_park=False, can_sleep=False, version=None)
+        file.write_text(json.dumps(data))
+        stack.start()
+        assert states(stack) == {"a": "not_started"}
+        assert stack.ask("a").status == 200
+
     def test_one_whose_config_has_changed_is_stopped_when_it_is_idle(self, daemon):
         stack = a_awake_b_asleep(daemon)
         before = identities(stack)

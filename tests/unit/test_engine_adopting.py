@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.events import FailureKind
 from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.engine import EngineError, adopting
 from llmuxd.engine.api import Health
@@ -22,7 +23,7 @@ OFFLOAD, DISCARD, RETAIN = (
 class Api:
     """An engine's answers; the last one is given again and again."""
 
-    def __init__(self, *sleeping: bool, health: Health = Health.OK) -> None:
+    def __init__(self, *sleeping: bool | EngineError, health: Health = Health.OK) -> None:
         self._sleeping = list(sleeping)
         self._health = health
 
@@ -30,12 +31,16 @@ class Api:
         return self._health
 
     async def is_sleeping(self) -> bool:
-        return self._sleeping.pop(0) if len(self._sleeping) > 1 else self._sleeping[0]
+        answer = self._sleeping.pop(0) if len(self._sleeping) > 1 else self._sleeping[0]
+        if isinstance(answer, EngineError):
+            raise answer
+        return answer
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adopting, "SETTLE_SECS", 0.02)
+    monkeypatch.setattr(adopting, "BUSY_SECS", 0.02)
     monkeypatch.setattr(adopting, "_POLL_SECS", 0.001)
 
 
@@ -72,6 +77,17 @@ def test_it_is_what_it_says_once_it_has_settled(was, by, sleeping, now):
 def test_it_is_not_used_where_it_cannot_be_told(was, by, sleeping, why):
     with pytest.raises(EngineError, match=why):
         found(Api(*sleeping), was, by)
+
+
+BUSY = EngineError(FailureKind.TIMEOUT, "/is_sleeping was not answered")
+
+
+def test_one_that_is_too_busy_to_say_it_is_asked_again_while_it_falls_asleep_or_wakes():
+    assert found(Api(BUSY, BUSY, True), S.FALLING_ASLEEP, OFFLOAD) is S.ASLEEP
+    assert found(Api(BUSY, False), S.WAKING, DISCARD) is S.AWAKE
+    for was, *answers in ((S.FALLING_ASLEEP, BUSY), (S.ASLEEP, BUSY, True)):
+        with pytest.raises(EngineError, match="not answered"):
+            found(Api(*answers), was, OFFLOAD)
 
 
 @pytest.mark.parametrize("health", [Health.DEAD, Health.REFUSED, Health.UNKNOWN])
