@@ -6,14 +6,10 @@ A change is what the daemon says of it: `path`, `change` (added, removed, change
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import click
-
-from llmuxctl.output import clean
+from llmuxctl.output import clean, count, styled
 
 _WHEN = {
     "now": "at once",
@@ -41,14 +37,14 @@ def show_changes(file: str, changes: Sequence[dict[str, Any]]) -> None:
     if not changes:
         print(f"{clean(file)}: no changes")
         return
-    print(f"{clean(file)}: a reload would make {_count(len(changes), 'change')}")
+    print(f"{clean(file)}: a reload would make {count(len(changes), 'change')}")
     for change in changes:
-        print(f"\n{_styled(clean(change['path']), bold=True)}  ({_when(change)})")
+        print(f"\n{styled(clean(change['path']), bold=True)}  ({_when(change)})")
         kind = change.get("change")
         if kind != "added":
-            print(_styled(f"  - {_side(change, 'old')}", fg="red"))
+            print(styled(f"  - {_side(change, 'old')}", fg="red"))
         if kind != "removed":
-            print(_styled(f"  + {_side(change, 'new')}", fg="green"))
+            print(styled(f"  + {_side(change, 'new')}", fg="green"))
 
 
 def _side(change: dict[str, Any], side: str) -> str:
@@ -62,14 +58,5 @@ def _when(change: dict[str, Any]) -> str:
     return _WHEN.get(effect, effect)
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
 def _value(value: Any) -> str:
     return "unset" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _styled(text: str, **style: Any) -> str:
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else click.style(text, **style)

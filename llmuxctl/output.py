@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import click
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -44,6 +46,10 @@ def duration(seconds: float) -> str:
         if left >= size:
             return f"{left // size} {unit} {left % size // smaller} {small_unit}"
     return f"{left} s"
+
+
+def count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def show_status(status: dict[str, Any]) -> None:
@@ -131,6 +137,12 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, no_color=bool(os.environ.get("NO_COLOR")), highlight=False)
+
+
+def styled(text: str, **style: Any) -> str:
+    """Text with click's styles, where standard output is a terminal that wants them."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else click.style(text, **style)
 
 
 def _show_on_terminal(rows: Sequence[Sequence[str]], errors: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from llmuxctl.changes import show_changes
-from llmuxctl.output import clean
+from llmuxctl.output import clean, count
 from llmuxctl.session import Session, json_option, pass_session
 from llmuxd.protocol import DEFAULT_CONFIG_PATH, Exit
 
@@ -49,7 +49,7 @@ def check(session: Session, file: Path) -> None:
         for line in (*(f"warning: {warning}" for warning in warnings), *problems):
             print(clean(line), file=sys.stderr)
         if not problems:
-            print(f"{clean(file)}: {len(models)} models, no errors")
+            print(f"{clean(file)}: {count(len(models), 'model')}, no errors")
     if problems:
         click.get_current_context().exit(Exit.USAGE)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
-
-import click
 
 from llmuxctl.doctor import checkpoints, gpus, resources, service, vllm
 from llmuxctl.doctor.finding import Finding, Status, warn
 from llmuxctl.doctor.situation import Situation
-from llmuxctl.output import clean
+from llmuxctl.output import clean, styled
 
 Check = Callable[[Situation], Finding]
 
@@ -69,7 +65,7 @@ def tell(found: list[tuple[str, Finding]]) -> None:
     width = max(len(name) for name, _ in found)
     for name, finding in found:
         mark, colour = _MARKS[finding.status]
-        print(f"{_styled(mark.ljust(4), colour)}  {name.ljust(width)}  {clean(finding.found)}")
+        print(f"{styled(mark.ljust(4), fg=colour)}  {name.ljust(width)}  {clean(finding.found)}")
         for line in finding.advice.splitlines():
             print(f"{' ' * (width + 8)}{clean(line)}")
     counts = {status: sum(finding.status is status for _, finding in found) for status in Status}
@@ -81,8 +77,3 @@ def tell(found: list[tuple[str, Finding]]) -> None:
 
 def as_json(found: list[tuple[str, Finding]]) -> list[dict[str, Any]]:
     return [finding.as_json(name) for name, finding in found]
-
-
-def _styled(text: str, colour: str) -> str:
-    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else click.style(text, fg=colour)

@@ -58,10 +58,6 @@ def version_of(text: str) -> tuple[int, ...] | None:
     return tuple(int(part) for part in found[0].split(".")) if found else None
 
 
-def count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
 def listed(words: list[str], most: int = 5) -> str:
     """Words in a row, not too many."""
     more = len(words) - most

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmuxctl.doctor.finding import GIB, Finding, count, fail, listed, ok, size, skipped, warn
+from llmuxctl.doctor.finding import GIB, Finding, fail, listed, ok, size, skipped, warn
 from llmuxctl.doctor.situation import Situation
 from llmuxctl.doctor.vllm import installed
+from llmuxctl.output import count
 
 if TYPE_CHECKING:
     from llmuxd.config import ModelConfig

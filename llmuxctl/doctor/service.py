@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Iterator
 
-from llmuxctl.doctor.finding import Finding, Status, count, fail, listed, ok, skipped, warn
+from llmuxctl.doctor.finding import Finding, Status, fail, listed, ok, skipped, warn
 from llmuxctl.doctor.situation import UNIT, Situation, group_number, name_of
-from llmuxctl.output import duration
+from llmuxctl.output import count, duration
 from llmuxd.protocol import CONTROL_GROUP, Exit
 from llmuxd.version import __version__
 

@@ -366,7 +366,7 @@ def test_config_check_needs_no_daemon(ctl: Ctl, tmp_path: Path, monkeypatch: pyt
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text(GOOD)
     bad.write_text(BAD)
-    assert ctl("config", "check", str(good)) == Said(0, f"{good}: 1 models, no errors\n", "")
+    assert ctl("config", "check", str(good)) == Said(0, f"{good}: 1 model, no errors\n", "")
     said = ctl("config", "check", str(bad))
     assert (said.code, said.out) == (2, "")
     assert ["prt" in said.err, "port: " in said.err, len(said.err.splitlines())] == [True, True, 2]
