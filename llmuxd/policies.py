@@ -35,11 +35,6 @@ def find_policies() -> PolicyRegistry:
     return found
 
 
-def policy_names() -> list[str]:
-    """Every name that `policy.policy_type` may have, the core's first."""
-    return list(find_policies())
-
-
 def build_policy(name: str, parameters: PolicyParameters) -> Policy:
     """The policy of that name. Raises PolicyBroken, KeyError if there is none of that name."""
     return (POLICIES if name in POLICIES else find_policies())[name](parameters)
