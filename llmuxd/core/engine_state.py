@@ -16,4 +16,4 @@ class EngineState(str, Enum):
     WAKING = "waking"
     STOPPING = "stopping"
     FAILED = "failed"
-    """Its last start, wake or run failed; it is not tried again before `retry_at`."""
+    """Its last start, wake or run failed; it is not tried again before `retry_at` unless an operator asks for it."""

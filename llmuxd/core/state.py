@@ -1,7 +1,7 @@
 """The state that the core decides on, and the one table of how an engine's state may change.
 
-Everything mutable of the core is in `State`, and each field says who may write it. There are no decisions
-here: `engines`, `requests`, `switching` and `switcher` make them.
+Everything mutable of the core is in `State`. There are no decisions here: `engines`, `requests`, `switching`,
+`operator`, `reloading` and `ending` make them, and each class there says what it writes.
 
 An engine is always in exactly one `EngineState`, and `Model.enter` is the only place that changes it; it
 refuses a change that is not in `TRANSITIONS`. The triggers are the commands that the core gives and the

@@ -1,9 +1,9 @@
 """The switcher: `handle(event, now)` takes one event and returns the commands that follow from it.
 
-This is the whole of the core to those outside it. It dispatches events to `requests` and `engines`, carries out
-the operator's, and lets `switching` take the steps that have become possible. Nothing here waits, and nothing
-here knows the time: `now` is passed in, in seconds of a clock that never goes back, and `next_deadline` says when a
-`Tick` is due.
+This is the whole of the core to those outside it. It dispatches events to `requests`, `engines`, `operator` and
+`ending`, and then lets the last, or `switching` through it, take the steps that have become possible. Nothing here
+waits, and nothing here knows the time: `now` is passed in, in seconds of a clock that never goes back, and
+`next_deadline` says when a `Tick` is due.
 """
 
 from __future__ import annotations
