@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
+from llmuxd.core.outlook import Outlook
 from llmuxd.engine import Endpoint
 
 STATUS_OF: Mapping[c.Refusal, tuple[int, str]] = {
@@ -79,6 +80,10 @@ class Ticket:
         """Wait until the request may be forwarded. Raises Refused, and then the ticket has ended."""
         return await self._grant
 
+    def outlook(self) -> Outlook | None:
+        """What it can expect while it waits; None once it does not."""
+        return self._gate.outlook(self.id)
+
     def retry(self) -> None:
         """The engine went away before the first byte of its answer: await `admitted` again, it says what follows."""
         if self._gate.holds(self):
@@ -118,9 +123,12 @@ class Gate:
         post: Callable[[e.Event], None],
         served: Sequence[ServedModel],
         health: Callable[[], tuple[bool, str]],
+        outlook: Callable[[int], Outlook | None] = lambda request: None,
     ) -> None:
         self.post = post
         self.healthy = health
+        self.outlook = outlook
+        """What a request that waits can expect, by its number."""
         self.serve(served)
         self._tickets: dict[int, Ticket] = {}
         self._ids = itertools.count(1)

@@ -20,6 +20,7 @@ from llmuxd.config import Config
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState
+from llmuxd.core.outlook import Outlook, outlook_of
 from llmuxd.core.state import WITHOUT_PROCESS, IllegalEvent, Model, check_placement
 from llmuxd.engine import Engine, EngineError, engine_spec
 from llmuxd.engine.cgroup import Cgroup, delegated, group_of
@@ -58,7 +59,7 @@ class Runtime:
         """Where the engines are noted for the next daemon; None if they are not."""
         self.switcher = build_switcher(config, clock(), book)
         self.metrics = metrics or Metrics()
-        self.gate = Gate(self.post, served_models(config), self.health)
+        self.gate = Gate(self.post, served_models(config), self.health, self._outlook)
         self._cgroups = delegated()
         self.adopting: set[str] = set()
         """Models whose entries in the book are of engines that have not been looked at yet."""
@@ -263,6 +264,9 @@ class Runtime:
         self._jobs[self._last_job] = future
         self.post(build(self._last_job))
         return future
+
+    def _outlook(self, request: int) -> Outlook | None:
+        return outlook_of(self.switcher.state, request, self.clock())
 
     def health(self) -> tuple[bool, str]:
         """Whether requests are accepted, and the reason if not."""

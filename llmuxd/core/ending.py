@@ -12,7 +12,7 @@ from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
-from llmuxd.core.requests import RETRY_AFTER_QUEUE_SECS, Requests
+from llmuxd.core.requests import LEAST_RETRY_SECS, Requests
 from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, State
 from llmuxd.core.switching import Switching
 
@@ -74,7 +74,7 @@ class Ending:
         if not state.closed and (not state.requests or now >= deadline):
             state.closed = True
             for model in state.models.values():
-                self._requests.refuse_queue(model, c.Refusal.SHUTTING_DOWN, state.ending, RETRY_AFTER_QUEUE_SECS)
+                self._requests.refuse_queue(model, c.Refusal.SHUTTING_DOWN, state.ending, LEAST_RETRY_SECS)
                 self._requests.abort_in_flight(model, c.Refusal.SHUTTING_DOWN, state.ending)
             self._switching.abandon(state.ending, now)
         restless = [m for m in state.models.values() if m.state in IN_TRANSITION and m.state is not S.STARTING]

@@ -12,12 +12,14 @@ from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
+from llmuxd.core.outlook import expected_wait
 from llmuxd.core.state import IllegalEvent, Model, Request, State
 
 DEATH_NOTICE_SECS = 1.5
 """A dead engine is noticed within a second; requests that bounced off it wait this long for the news."""
 
-RETRY_AFTER_QUEUE_SECS = 1.0
+LEAST_RETRY_SECS = 1.0
+"""No client is told to come back sooner."""
 
 
 class Requests:
@@ -52,7 +54,7 @@ class Requests:
         full = self._queue_full(model)
         if full:
             del state.requests[request.id]
-            state.out.append(c.Refuse(request.id, c.Refusal.QUEUE_FULL, full, RETRY_AFTER_QUEUE_SECS))
+            state.out.append(c.Refuse(request.id, c.Refusal.QUEUE_FULL, full, self.retry_after(model, now)))
             return
         self._enqueue(model, request)
 
@@ -78,7 +80,7 @@ class Requests:
             model.suspect_until = now + DEATH_NOTICE_SECS
         if request.retried or state.shutdown_deadline is not None:
             message = f"the engine of {model.name} died before it answered"
-            state.out.append(c.Refuse(request.id, c.Refusal.ENGINE_DIED, message, RETRY_AFTER_QUEUE_SECS))
+            state.out.append(c.Refuse(request.id, c.Refusal.ENGINE_DIED, message, self.retry_after(model, now)))
             return model
         request.retried = True
         if request.deadline is not None:
@@ -146,7 +148,7 @@ class Requests:
                 f"waited {now - request.arrived:.0f} s for {model.name} (now {model.state.value}), "
                 "longer than the request timeout"
             )
-            refusal = c.Refuse(request.id, c.Refusal.TIMED_OUT, message, RETRY_AFTER_QUEUE_SECS)
+            refusal = c.Refuse(request.id, c.Refusal.TIMED_OUT, message, self.retry_after(model, now))
             self._state.out.append(refusal)
 
     def next_timeout(self) -> float | None:
@@ -160,22 +162,26 @@ class Requests:
             heapq.heappop(heap)
         return None
 
+    def retry_after(self, model: Model, now: float) -> float:
+        """When a refused client may come back with hope, in seconds from now."""
+        return max(LEAST_RETRY_SECS, expected_wait(self._state, model, now))
+
     # Helpers
 
     def _objection(self, model: Model, now: float) -> tuple[c.Refusal, str, float | None] | None:
         """Why no request for `model` is accepted now, and after how many seconds one may be; else None."""
         state = self._state
         if state.shutdown_deadline is not None or state.closed:
-            return c.Refusal.SHUTTING_DOWN, state.ending, RETRY_AFTER_QUEUE_SECS
+            return c.Refusal.SHUTTING_DOWN, state.ending, LEAST_RETRY_SECS
         if model.blocked(now):
             message = f"{model.name} cannot be loaded: {model.last_error}"
-            return c.Refusal.CANNOT_LOAD, message, max(model.retry_at - now, RETRY_AFTER_QUEUE_SECS)
+            return c.Refusal.CANNOT_LOAD, message, max(model.retry_at - now, LEAST_RETRY_SECS)
         if state.mode.manual and not state.is_held(model):
             if state.mode.pinned is not None:
                 message = f"{state.mode.pinned} is pinned; {model.name} is not loaded until it is unpinned"
             else:
                 message = f"manual mode: {model.name} is not awake, and only an operator may switch"
-            return c.Refusal.PINNED, message, RETRY_AFTER_QUEUE_SECS
+            return c.Refusal.PINNED, message, LEAST_RETRY_SECS
         return None
 
     def _queue_full(self, model: Model) -> str:

@@ -139,7 +139,7 @@ def _view(model: Model, now: float, *, parks: bool, candidate: Candidate | None)
         waiting_secs=len(model.queue) * now - model.arrivals + parked * (now - model.parked_since),
         since=model.since,
         last_arrival=model.last_arrival,
-        drain_secs=_drain_secs(model, now),
+        drain_secs=drain_secs(model, now),
         answer_secs=model.costs.answer.value or UNMEASURED["answer"],
         parked_since=model.parked_since,
         parks=parks,
@@ -150,7 +150,8 @@ def _view(model: Model, now: float, *, parks: bool, candidate: Candidate | None)
     )
 
 
-def _drain_secs(model: Model, now: float) -> float:
+def drain_secs(model: Model, now: float) -> float:
+    """How long the requests in flight of an awake model will take, by a guess."""
     if model.state is not S.AWAKE or not model.in_flight:
         return 0.0
     age = now - next(reversed(model.in_flight.values())).forwarded

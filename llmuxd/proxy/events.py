@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
+from llmuxd.core.outlook import Outlook
 from llmuxd.gate import Refused
 from llmuxd.proxy.errors import error_body
 from llmuxd.proxy.routes import MESSAGES
@@ -28,9 +30,12 @@ def is_event_stream(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == "text/event-stream"
 
 
-def comment(model: str) -> bytes:
+def comment(model: str, outlook: Outlook | None = None) -> bytes:
     """What no client takes for anything, and a human who looks at the stream understands."""
-    return f": llmux waiting for {' '.join(model.split())}\n\n".encode("utf-8", "replace")
+    text = f": llmux waiting for {' '.join(model.split())}"
+    if outlook is not None:
+        text += f", place {outlook.place} in its queue, about {math.ceil(outlook.seconds)} s"
+    return f"{text}\n\n".encode("utf-8", "replace")
 
 
 def error_event(path: str, refused: Refused) -> bytes:

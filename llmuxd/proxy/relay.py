@@ -202,7 +202,7 @@ class Relay:
     async def _say_silent(self) -> None:
         """A comment, where one may stand. Never on top of what the client has not taken yet, so they cannot pile up."""
         if self._response is not None and self._between_events() and not _unread(self._request):
-            await self._response.write(comment(self._forwarded.model))
+            await self._response.write(comment(self._forwarded.model, self._ticket.outlook()))
 
     def _between_events(self) -> bool:
         return self._tail in (b"", b"\r\n\r\n") or self._tail.endswith(b"\n\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -168,6 +169,22 @@ class TestWarmup:
         stack.start()
         assert stack.model("b")["engine"] == "asleep"
         assert "warm-up failed for a" in stack.log.read_text()
+
+
+def test_a_stream_that_waits_is_told_its_place_and_how_long_it_will_take(daemon):
+    stack = daemon("b", top={"heartbeat_secs": 0.1}, a=SLOW_TOKENS).start()
+    assert stack.ask("b").status == 200
+    assert stack.ask("a").status == 200
+    busy = stack.stream("a", tokens=60).events()
+    next(busy)
+    first = Caller(lambda: stack.ask("b"))
+    until(lambda: stack.model("b")["queued"] == 1, "one waits")
+    text = stack.request("POST", "/v1/completions", {"model": "b", "prompt": "x", "max_tokens": 3, "stream": True}).body
+    assert list(busy)[-1] == "[DONE]"
+    assert first.result().status == 200
+    comments = [line for line in text.decode().splitlines() if line.startswith(":")]
+    assert re.fullmatch(r": llmux waiting for b, place 2 in its queue, about \d+ s", comments[0])
+    assert text.rstrip().endswith(b"data: [DONE]")
 
 
 def metrics_page(port: int) -> str:

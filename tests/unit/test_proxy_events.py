@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llmuxd.core.outlook import Outlook
 from llmuxd.gate import Refused
 from llmuxd.proxy.events import comment, error_event, retold
 
@@ -25,6 +26,8 @@ def data_of(path: str, event: bytes) -> dict[str, Any]:
 
 def test_a_comment_is_one_line_whatever_a_model_is_called() -> None:
     assert comment("org/a-1") == b": llmux waiting for org/a-1\n\n"
+    expected = b": llmux waiting for a, place 3 in its queue, about 13 s\n\n"
+    assert comment("a", Outlook(3, 12.1)) == expected
     assert comment("a\n\ndata: x\r\n") == b": llmux waiting for a data: x\n\n"
     assert comment("\u00e9\ud800") == b": llmux waiting for \xc3\xa9?\n\n"
 
