@@ -1,4 +1,4 @@
-"""The names that `llmuxd` and `llmuxctl` share: control paths, states, exit codes, defaults.
+"""The names that `llmuxd` and `llmuxctl` share: control paths, exit codes, defaults.
 
 Stdlib only and quick to import, since `llmuxctl` loads it on every call. The handlers are in
 `llmuxd.control`, the commands in `llmuxctl`.
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import os
 from enum import IntEnum
-
-from llmuxd.core.engine_state import EngineState
-
-__all__ = ["EngineState", "Exit", "default_control_socket", "runtime_dir", "state_dir"]
 
 DEFAULT_CONFIG_PATH = "/etc/llmux/llmux.toml"
 DEFAULT_RUNTIME_DIR = "/run/llmux"
