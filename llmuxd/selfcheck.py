@@ -1,7 +1,7 @@
 """The live watchdog: is the scheduler alive, does every queue move that should, do the invariants hold.
 
 Once a second a probe goes through the same door as every other event, and its answer is looked at. `healthy` is
-what /health answers and what the pings to systemd's watchdog depend on.
+what /health answers; the pings to systemd's watchdog depend on `alive`, which is all that a restart mends.
 """
 
 from __future__ import annotations

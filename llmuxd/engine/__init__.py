@@ -1,9 +1,10 @@
 """One engine: the `vllm serve` process of a model, from its argv to the last byte that it leaves behind.
 
 Here are the processes and vLLM's HTTP calls; what to do with an engine, and when, is decided in `llmuxd.core`.
-`engine.Engine` is the whole of it for a caller. Below it: `spec` (argv, environment, paths), `process` (spawn,
-find, kill), `proctable` (who descends from whom), `shm` (shared memory left behind), `watch` (has it died?),
-`api` (HTTP) and `logtail`.
+`engine.Engine` is the whole of it for a caller. Below it: `run` (one incarnation), `spec` (argv, environment,
+paths), `process` (spawn, find, kill), `proctable` (who descends from whom), `cgroup` (a control group for each), `shm`
+(shared memory left behind), `watch` (has it died?), `api` (HTTP), `record` and `adopting` (finding it again) and
+`logtail`.
 """
 
 from __future__ import annotations
