@@ -143,11 +143,11 @@ class Gate:
         """The configured model that a client's name stands for; None if there is none."""
         return self._models.get(name)
 
-    def submit(self, model: str, *, patient: bool = False) -> Ticket:
+    def submit(self, model: str, *, patient: bool = False, most_wait: float | None = None) -> Ticket:
         """Accept a request for a configured model. The ticket's `admitted` says what becomes of it."""
         ticket = Ticket(self, next(self._ids), model)
         self._tickets[ticket.id] = ticket
-        self.post(e.RequestArrived(ticket.id, model, patient))
+        self.post(e.RequestArrived(ticket.id, model, patient, most_wait))
         return ticket
 
     def holds(self, ticket: Ticket) -> bool:

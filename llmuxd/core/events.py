@@ -32,6 +32,8 @@ class RequestArrived:
     model: str
     patient: bool = False
     """No request timeout: the warm-up's own inference waits for a cold start however long it takes."""
+    most_wait: float | None = None
+    """The longest that its client will wait, in seconds, if that is less than the request timeout; 0 for not at all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ class Requests:
             raise IllegalEvent(f"request {event.request} for {event.model!r}")
         model = state.models[event.model]
         state.arrived = model.name
-        timeout = None if event.patient else state.settings.request_timeout
-        request = Request(event.request, model.name, now, None if timeout is None else now + timeout)
+        timeout = self._timeout_of(event)
+        request = Request(event.request, model.name, now, None if timeout is None else now + timeout, timeout)
         refusal = self._objection(model, now)
         if refusal is None and model.retired:
             refusal = c.Refusal.CANNOT_LOAD, f"{model.name} was taken out of the config", None
@@ -55,6 +55,11 @@ class Requests:
         if full:
             del state.requests[request.id]
             state.out.append(c.Refuse(request.id, c.Refusal.QUEUE_FULL, full, self.retry_after(model, now)))
+            return
+        if timeout == 0:
+            del state.requests[request.id]
+            message = f"{model.name} is {model.state.value}, and the request does not want to wait"
+            state.out.append(c.Refuse(request.id, c.Refusal.TIMED_OUT, message, self.retry_after(model, now)))
             return
         self._enqueue(model, request)
 
@@ -83,8 +88,8 @@ class Requests:
             state.out.append(c.Refuse(request.id, c.Refusal.ENGINE_DIED, message, self.retry_after(model, now)))
             return model
         request.retried = True
-        if request.deadline is not None:
-            request.deadline = now + state.settings.request_timeout
+        if request.timeout is not None:
+            request.deadline = now + request.timeout
         refusal = self._objection(model, now)
         if refusal is not None:
             state.out.append(c.Refuse(request.id, *refusal))
@@ -144,10 +149,9 @@ class Requests:
             request = self._state.requests[self._state.timeouts[0][1]]
             self._take_queued(request)
             model = self._state.models[request.model]
-            message = (
-                f"waited {now - request.arrived:.0f} s for {model.name} (now {model.state.value}), "
-                "longer than the request timeout"
-            )
+            whose = "the request timeout" if request.timeout == self._state.settings.request_timeout else "it wanted to"
+            waited = f"waited {now - request.arrived:.0f} s for {model.name} (now {model.state.value})"
+            message = f"{waited}, longer than {whose}"
             refusal = c.Refuse(request.id, c.Refusal.TIMED_OUT, message, self.retry_after(model, now))
             self._state.out.append(refusal)
 
@@ -167,6 +171,12 @@ class Requests:
         return max(LEAST_RETRY_SECS, expected_wait(self._state, model, now))
 
     # Helpers
+
+    def _timeout_of(self, event: e.RequestArrived) -> float | None:
+        if event.patient:
+            return None
+        most = self._state.settings.request_timeout
+        return most if event.most_wait is None else min(most, event.most_wait)
 
     def _objection(self, model: Model, now: float) -> tuple[c.Refusal, str, float | None] | None:
         """Why no request for `model` is accepted now, and after how many seconds one may be; else None."""

@@ -63,6 +63,8 @@ class Request:
     arrived: float
     deadline: float | None
     """When it is refused if it is still queued."""
+    timeout: float | None = None
+    """How long it may be queued in one go, in seconds; None for ever."""
     retried: bool = False
     forwarded: float = 0.0
 

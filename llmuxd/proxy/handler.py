@@ -17,7 +17,15 @@ from llmuxd.metrics import Metrics
 from llmuxd.proxy.connection import ClientConnection
 from llmuxd.proxy.errors import Rejected, error_response, internal_error, model_not_found
 from llmuxd.proxy.extract import wanted
-from llmuxd.proxy.headers import MODEL_OVERRIDE, REQUEST_ID, SERVER_TIMING, request_id, server_timing
+from llmuxd.proxy.headers import (
+    MODEL_OVERRIDE,
+    MOST_WAIT,
+    REQUEST_ID,
+    SERVER_TIMING,
+    request_id,
+    seconds_of,
+    server_timing,
+)
 from llmuxd.proxy.relay import Forwarded, Relay, before_head
 from llmuxd.proxy.routes import STREAMED, Action, Route, route
 from llmuxd.proxy.upstream import Engines
@@ -158,9 +166,10 @@ class _Proxy:
         model = self._gate.resolve(name)
         if model is None:
             raise model_not_found(name, (one.id for one in self._gate.served))
+        most_wait = _most_wait(request)
         call.submitted(model)
         stream = stream and request.method == "POST" and way.path in STREAMED
-        forwarded = Forwarded(request, call.id, model, body, stream)
+        forwarded = Forwarded(request, call.id, model, body, stream, most_wait)
         relay = Relay(self._gate, self._engines, forwarded, self._limits.heartbeat_secs)
         try:
             return await relay.run()
@@ -197,6 +206,14 @@ class _Proxy:
             "root": served.root,
             "parent": None,
         }
+
+
+def _most_wait(request: web.Request) -> float | None:
+    """How long the client will wait for its model. Raises Rejected if it says so in no way that can be read."""
+    try:
+        return seconds_of(request.headers.get(MOST_WAIT))
+    except ValueError:
+        raise Rejected(400, "invalid_wait", f"{MOST_WAIT} has to be seconds, 0 or more", MOST_WAIT) from None
 
 
 async def _ask_for_body(request: web.Request) -> None:

@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 MODEL_OVERRIDE = "model-override"
 REQUEST_ID = "x-request-id"
 SERVER_TIMING = "Server-Timing"
+MOST_WAIT = "x-llmux-wait"
 
 _HOP_BY_HOP = frozenset(
     {
@@ -28,11 +29,13 @@ _HOP_BY_HOP = frozenset(
 # The credentials are the clients' with this daemon, and so is the host. The length is that of the body as it is sent
 # on, which is read whole before, so nobody waits for a 100.
 _NOT_FORWARDED = frozenset(
-    {"authorization", "x-api-key", "cookie", MODEL_OVERRIDE, "host", "content-length", "expect", REQUEST_ID}
+    {"authorization", "x-api-key", "cookie", MODEL_OVERRIDE, "host", "content-length", "expect", REQUEST_ID, MOST_WAIT}
 )
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=@-]{1,128}")
 
+
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 """As aiohttp's parser keeps them: with the spelling of their names."""
@@ -41,6 +44,15 @@ RawHeaders = Sequence[tuple[bytes, bytes]]
 def request_id(given: str) -> str:
     """The client's own, if it is one that may stand in any log; else a new one."""
     return given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def seconds_of(given: str | None) -> float | None:
+    """The value of x-llmux-wait: how long a client will wait; None if it does not say. Raises ValueError."""
+    if given is None:
+        return None
+    if not _SECONDS.fullmatch(given.strip()):
+        raise ValueError(given)
+    return float(given)
 
 
 def to_engine(headers: RawHeaders, request_id: str) -> CIMultiDict[str]:

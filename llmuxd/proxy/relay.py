@@ -46,6 +46,8 @@ class Forwarded:
     body: bytes
     stream: bool
     """It asks for server-sent events, so comments may come before them."""
+    most_wait: float | None = None
+    """The longest that the client will wait for the model, in seconds, if it says so."""
 
 
 class RelayedResponse(web.StreamResponse):
@@ -95,7 +97,7 @@ class Relay:
         # A client of HTTP/1.0 could not tell a stream of comments that broke off from its end.
         self._heartbeat_secs = heartbeat_secs if forwarded.request.version >= (1, 1) else 0.0
         self._since = time.monotonic()
-        self._ticket: Ticket = gate.submit(forwarded.model)
+        self._ticket: Ticket = gate.submit(forwarded.model, most_wait=forwarded.most_wait)
         self._grant: Grant | None = None
         """While it waits for the first bytes of an answer, and later."""
         self._answer: ClientResponse | None = None

@@ -9,6 +9,8 @@ An `Auditor` watches every play: a test fails where an invariant does, whatever 
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.audit import Auditor
@@ -105,7 +107,7 @@ class Play:
         """The notices of the last event."""
         return [command for command in self.commands if short(command) is None]
 
-    def ask(self, now: float, request: int, model: str, **more: bool) -> list[str]:
+    def ask(self, now: float, request: int, model: str, **more: Any) -> list[str]:
         return self.at(now, e.RequestArrived(request, model, **more))
 
     def done(self, now: float, name: str, **more: bool) -> list[str]:

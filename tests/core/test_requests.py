@@ -201,3 +201,33 @@ def test_reports_of_operations_that_were_superseded_are_void():
         assert play.at(3, event) == []
     assert play.done(4, "a") == ["job 7 done"]
     assert play.dies(5, "a") == []
+
+
+class TestAClientThatWillNotWaitForEver:
+    def test_is_refused_when_its_time_is_over(self):
+        play = Play()
+        assert play.ask(0, 1, "a", most_wait=5.0) == ["start a"]
+        assert play.switcher.next_deadline == 5.0
+        assert play.tick(5.0) == ["refuse 1 queue_timeout"]
+        assert refusal(play).message == "waited 5 s for a (now starting), longer than it wanted to"
+        assert refusal(play).retry_after == 55.0, "what a start is taken to need still"
+
+    def test_waits_no_longer_than_all_for_all_that(self):
+        play = Play()
+        play.ask(0, 1, "a", most_wait=1e9)
+        assert play.switcher.next_deadline == 100.0
+
+    def test_that_will_not_wait_at_all_is_served_or_refused_at_once_and_loads_nothing(self):
+        play = Play()
+        assert play.ask(0, 1, "a", most_wait=0.0) == ["refuse 1 queue_timeout"]
+        assert refusal(play).message == "a is not_started, and the request does not want to wait"
+        play.awake("a", 1)
+        assert play.ask(2, 2, "a", most_wait=0.0) == ["forward 2"]
+        assert play.ask(3, 3, "b", most_wait=0.0) == ["refuse 3 queue_timeout"]
+
+    def test_gets_the_same_time_again_when_its_engine_dies(self):
+        play = Play()
+        play.awake("a")
+        play.ask(1, 1, "a", most_wait=7.0)
+        play.at(2, e.RequestBounced(1))
+        assert play.state.requests[1].deadline == 9.0

@@ -187,6 +187,19 @@ def test_a_stream_that_waits_is_told_its_place_and_how_long_it_will_take(daemon)
     assert text.rstrip().endswith(b"data: [DONE]")
 
 
+def test_a_client_says_how_long_it_will_wait(daemon):
+    stack = daemon("a", "b").start()
+    refused = stack.request("POST", "/v1/completions", {"model": "a"}, {"x-llmux-wait": "0"})
+    assert (refused.status, refused.json["error"]["code"]) == (504, "queue_timeout")
+    assert int(refused.headers["retry-after"]) > 1
+    assert stack.model("a")["engine"] == "not_started", "it wanted nothing to be loaded"
+    asked = {"model": "a", "prompt": "x", "max_tokens": 1}
+    assert stack.request("POST", "/v1/completions", asked, {"x-llmux-wait": "20"}).status == 200
+    assert stack.request("POST", "/v1/completions", asked, {"x-llmux-wait": "0"}).status == 200
+    wrong = stack.request("POST", "/v1/completions", asked, {"x-llmux-wait": "soon"})
+    assert (wrong.status, wrong.json["error"]["code"]) == (400, "invalid_wait")
+
+
 def metrics_page(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
         return answer.read().decode()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
 
 from llmuxd.gate import Refused
 from llmuxd.proxy.errors import Rejected, error_body, error_response, model_not_found
-from llmuxd.proxy.headers import request_id, server_timing, to_client, to_engine
+from llmuxd.proxy.headers import request_id, seconds_of, server_timing, to_client, to_engine
 
 HOP_BY_HOP = [
     "Connection",
@@ -103,3 +104,14 @@ def test_an_unknown_model_is_told_the_known_ones_and_the_nearest() -> None:
     assert str(error) == "The model `lama-8b` does not exist. Did you mean `llama-8b`? Known models: llama-8b, qwen"
     assert str(model_not_found("zzz", ["qwen"])) == "The model `zzz` does not exist. Known models: qwen"
     assert len(str(model_not_found("x" * 10_000_000, ["qwen"]))) < 300
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, None), ("0", 0.0), ("12", 12.0), (" 1.5 ", 1.5)])
+def test_how_long_a_client_will_wait(given, seconds):
+    assert seconds_of(given) == seconds
+
+
+@pytest.mark.parametrize("given", ["", "-1", "soon", "1e9", "inf", "nan", "1,5", "0x10", "1" * 30, "\u0661"])
+def test_what_is_no_number_of_seconds_is_refused(given):
+    with pytest.raises(ValueError, match=re.escape(given)):
+        seconds_of(given)
