@@ -150,8 +150,8 @@ def _llmuxctl(date: str) -> Page:
     page.heading("DESCRIPTION")
     page.text(
         "llmuxctl talks to llmuxd(8) over its control socket. Root may use it, the members of the group llmux, and "
-        "whoever the daemon runs as; the members of `control_read_group` may look, and not steer. A MODEL is named by its "
-        "name in the configuration, or by one of its aliases.",
+        "whoever the daemon runs as; the members of `control_read_group` may look, and not steer. A MODEL is named by "
+        "its name in the configuration, or by one of its aliases.",
         "Long operations tell their steps on standard error as they happen; Ctrl-C ends the telling, not the "
         "operation. With `--json` each step is a line of JSON on standard output, the last of which has `result`.",
     )
