@@ -82,7 +82,8 @@ def main(config_path: Path, check: bool, stop_engines: bool, demo: bool, port: i
     for warning in config.warnings:
         click.echo(f"warning: {warning}", err=True)
     if check:
-        click.echo(f"{config_path}: {len(config.models)} models, no errors")
+        count = len(config.models)
+        click.echo(f"{config_path}: {count} {'model' if count == 1 else 'models'}, no errors")
         return
 
     from llmuxd.daemon import serve
@@ -99,7 +100,7 @@ def _stop_engines() -> None:
     except EngineError as error:
         click.echo(f"llmuxd: {error.reason}", err=True)
         sys.exit(EXIT_CANNOT_SERVE)
-    click.echo(f"{ended} engines ended" if ended else "no engines are there")
+    click.echo(f"{ended} {'engine' if ended == 1 else 'engines'} ended" if ended else "no engines are there")
 
 
 def _serving(serving: Coroutine[Any, Any, Ending]) -> None:
