@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -281,7 +281,10 @@ async def _listen(listening: Awaitable[_T], where: str) -> _T:
 
 @contextmanager
 def _folders(config: Config) -> Iterator[None]:
-    """Make the runtime and state folders, and hold the lock that keeps a second daemon out of them."""
+    """Make the runtime and state folders, and hold the locks that keep a second daemon out of each of them.
+
+    One that shared the state alone would take the engines of the first for what an earlier daemon has left.
+    """
     for folder in (config.runtime_dir, config.state_dir):
         try:
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -290,7 +293,10 @@ def _folders(config: Config) -> Iterator[None]:
                 f"cannot make the folder {folder}: {error.strerror}; run as a user who may, or set "
                 "LLMUX_RUNTIME_DIR and LLMUX_STATE_DIR to folders of your own"
             ) from error
-    with _lock(config.runtime_dir / LOCK_NAME):
+    with ExitStack() as locks:
+        locks.enter_context(_lock(config.runtime_dir / LOCK_NAME))
+        if not config.state_dir.samefile(config.runtime_dir):
+            locks.enter_context(_lock(config.state_dir / LOCK_NAME))
         yield
 
 

@@ -58,6 +58,25 @@ class TestCommandLine:
         assert "another llmuxd runs" in done.stderr
         assert stack.ask("a").status == 200
 
+    def test_a_second_daemon_is_kept_out_of_the_same_state(self, daemon, tmp_path):
+        """Or it would take the engines of the first one for what an earlier one has left."""
+        stack = daemon("a").start()
+        assert stack.ask("a").status == 200
+        pid = stack.model("a")["pid"]
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({"port": free_port(), "metrics_port": 0, "models": {}}))
+        env = {"LLMUX_RUNTIME_DIR": str(tmp_path / "other"), "LLMUX_STATE_DIR": str(stack.home / "state")}
+        done = llmuxd("--config", str(other), **env)
+        assert done.returncode == 1
+        assert f"another llmuxd runs with {stack.home / 'state'}" in done.stderr
+        assert stack.ask("a").status == 200
+        assert stack.model("a")["pid"] == pid
+
+    def test_one_folder_may_be_both(self, daemon, tmp_path):
+        (tmp_path / "state").symlink_to("run")
+        (tmp_path / "run").mkdir()
+        assert daemon("a").start().ask("a").status == 200
+
     def test_a_port_that_is_taken(self, daemon):
         stack = daemon("a").start()
         file = stack.home / "config.json"
