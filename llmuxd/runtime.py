@@ -284,10 +284,14 @@ class Runtime:
         for model in models:
             check_placement(model, self.switcher.state.devices)
         self.config = config
+        changed = set()
         for name in self.engines.keys() & engines.keys():
-            self.engines[name].spec = engines[name]
-        changed = frozenset(name for name in engines if name in self.engines and self.engines[name].outdated)
-        self.post(e.Reload(models, settings_of(config), policy, changed))
+            engine, before = self.engines[name], self.engines[name].spec
+            engine.spec = engines[name]
+            mended = self.switcher.state.models[name].state in WITHOUT_PROCESS and before != engine.spec
+            if engine.outdated or mended:
+                changed.add(name)
+        self.post(e.Reload(models, settings_of(config), policy, frozenset(changed)))
         for name in engines:
             if name not in self.engines:
                 self._add(name)

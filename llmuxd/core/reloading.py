@@ -34,6 +34,9 @@ def reload(state: State, event: e.Reload, now: float) -> frozenset[str]:
             # Otherwise the operator's word, if there was one, stays in force.
             model.eviction = spec.eviction
         model.spec = spec
+        if name in event.changed:
+            # What made it fail may be mended: it is not waited out.
+            model.failures, model.retry_at = 0, 0.0
         model.outdated = name in event.changed and model.state not in WITHOUT_PROCESS
     if state.mode.pinned in retired:
         state.mode = SwitchMode(manual=True)

@@ -174,6 +174,17 @@ class TestAModelThatIsChanged:
         play.done(3, "a")
         assert play.at(4, e.RequestFinished(1)) == []
 
+    def test_a_failure_of_the_old_one_is_not_waited_out(self):
+        play = Play(A, B)
+        play.ask(0, 1, "a")
+        play.fails(1, "a")
+        play.done(1, "a")
+        assert play.ask(1.1, 2, "a") == ["refuse 2 model_unavailable"]
+        reload(play, 1.2, A, B)
+        assert play.ask(1.3, 3, "a") == ["refuse 3 model_unavailable"]
+        reload(play, 1.4, A, B, changed="a")
+        assert play.ask(1.5, 4, "a") == ["start a"]
+
     def test_the_operators_eviction_stays_unless_the_configs_is_another_one(self):
         play = Play(A, B)
         play.at(0, e.SetEviction("a", STOP))

@@ -90,6 +90,16 @@ def test_a_change_that_is_taken_back_stops_nothing(daemon):
     assert engines(stack) == before
 
 
+def test_a_model_that_failed_is_tried_at_once_when_its_config_is_mended(daemon):
+    stack = daemon(a={"env": {"LLMUX_SIM_FAULTS": "die_at_start"}}).start()
+    for _ in range(5):
+        assert stack.ctl("wake", "a").returncode == 1
+    assert stack.ask("a").headers["retry-after"] != "1", "it waits for long by now"
+    stack.models["a"] = {}
+    assert reload(stack) == ["models.a.env.LLMUX_SIM_FAULTS"]
+    assert stack.ask("a").status == 200
+
+
 def test_what_is_no_engines_business_counts_at_once(daemon):
     stack = daemon("a", "b").start()
     assert stack.ask("a").status == 200
