@@ -93,9 +93,9 @@ async def serve(
         site = await serve_proxy(app.proxy, sockets=sockets)
         stack.push_async_callback(site.close)
         signals.site = site
-        signals.reload = partial(_reload, app, service)
         log.info("serving %d models on %s", len(config.models), ", ".join(map(_url_of, sockets)))
         service.ready()
+        signals.reload_by(partial(_reload, app, service))
         if on_ready is not None:
             on_ready(app, site.port)
         how = await ending
@@ -155,7 +155,8 @@ class _Signals:
         self.hurried = asyncio.Event()
         self.hands_over = False
         self.site: Site | None = None
-        self.reload: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._reload: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self._reload_wanted = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
@@ -176,12 +177,19 @@ class _Signals:
         """SIGHUP. A daemon that was started by hand goes with its terminal; a service reads its config anew."""
         if sys.stderr.isatty():
             self.stop()
-        elif self.reload is None:
-            log.warning("SIGHUP while starting: the config was read a moment ago")
+        elif self._reload is None:
+            log.info("SIGHUP while starting: the config is read anew as soon as that is over")
+            self._reload_wanted = True
         else:
-            task = asyncio.get_running_loop().create_task(self.reload(), name="reload")
+            task = asyncio.get_running_loop().create_task(self._reload(), name="reload")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def reload_by(self, reload: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """From now on SIGHUP does this; one that came before has it done now."""
+        self._reload = reload
+        if self._reload_wanted:
+            self.hang_up()
 
     @contextmanager
     def caught(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:

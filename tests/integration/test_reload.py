@@ -145,6 +145,17 @@ def test_sighup_reloads(daemon):
     assert "the config is reloaded: 1 changes\n  models.b is added" in stack.log.read_text()
 
 
+def test_a_sighup_during_the_warm_up_reloads_after_it(daemon):
+    stack = daemon(top={"warmup": True}, a={"env": {"LLMUX_SIM_SCALE": "0.1"}}).start(wait=False)
+    until(stack.socket.exists, "it warms up")
+    stack.models["b"] = {}
+    stack.write_config()
+    stack.process.send_signal(signal.SIGHUP)
+    until(lambda: "SIGHUP while starting" in stack.log.read_text(), "it is heard")
+    until(stack.serves, "it serves")
+    until(lambda: models(stack) == ["a", "b"], "the new model is there")
+
+
 def test_what_a_reload_would_do_is_shown_and_not_done(daemon):
     stack = daemon("a", a={"env": {"HF_TOKEN": "secret-1"}}).start()
     stack.models["a"] = {"env": {"HF_TOKEN": "secret-2"}}
