@@ -90,7 +90,8 @@ async def serve(
                 return await ending
         if app.metrics is not None:
             stack.push_async_callback(await _serve_metrics(app.metrics, metrics_sockets))
-        site = await serve_proxy(app.proxy, sockets=sockets)
+        # Others may have bound it as well, and listen since.
+        site = await _listen(serve_proxy(app.proxy, sockets=sockets), _url_of(sockets[-1]))
         stack.push_async_callback(site.close)
         signals.site = site
         log.info("serving %d models on %s", len(config.models), ", ".join(map(_url_of, sockets)))

@@ -77,6 +77,14 @@ class TestCommandLine:
         (tmp_path / "run").mkdir()
         assert daemon("a").start().ask("a").status == 200
 
+    def test_a_port_that_is_taken_during_the_warm_up(self, daemon):
+        stack = daemon(top={"warmup": True}, a={"env": {"LLMUX_SIM_SCALE": "0.1"}}).start(wait=False)
+        until(stack.socket.exists, "it warms up")
+        with socket.create_server(("127.0.0.1", stack.port)):
+            assert stack.process.wait(20) == 1
+        assert f"cannot listen on http://127.0.0.1:{stack.port}: " in stack.log.read_text()
+        assert "Traceback" not in stack.log.read_text()
+
     def test_a_port_that_is_taken(self, daemon):
         stack = daemon("a").start()
         file = stack.home / "config.json"
