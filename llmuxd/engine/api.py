@@ -204,6 +204,11 @@ class VllmApi:
             raise EngineError(FailureKind.TIMEOUT, f"{path} was not answered within {timeout} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Suspect(FailureKind.REFUSED, f"{path}: {error or type(error).__name__}") from error
+        except RuntimeError as error:
+            # aiohttp's word for a session that was closed under its user.
+            if not self._session.closed:
+                raise
+            raise EngineError(FailureKind.REFUSED, f"{path}: the engine was let go") from error
 
 
 def can_park(version: str | None) -> bool:
