@@ -18,6 +18,7 @@ _ADDRESS = re.compile(r"([0-9A-F]{8}|[0-9A-F]{32}):[0-9A-F]{4}")
 _UNREADABLE = "cannot be read: Permission denied"
 _STREAM = re.compile(r"(\S+):(\d+) \(Stream\)")
 _DEFAULT = ("127.0.0.1", 3000)
+_EVERYWHERE = ("0.0.0.0", "::")
 _RESTART = "Restart it, which keeps the engines: systemctl restart llmuxd"
 
 
@@ -113,7 +114,9 @@ def port(there: Situation) -> Finding:
         return _port(there, "port", there.config.listen, there.config.port)
     address, number = held[1].strip("[]"), int(held[2])
     finding = _port(there, "port", address, number)
-    if finding.status is Status.OK and (there.config.listen, there.config.port) not in (_DEFAULT, (address, number)):
+    everywhere = address in _EVERYWHERE and there.config.port == number
+    own = (there.config.listen, there.config.port)
+    if finding.status is Status.OK and not everywhere and own not in (_DEFAULT, (address, number)):
         said = f"{there.config.listen}:{there.config.port}"
         advice = "Remove them from the config, or: systemctl edit llmuxd.socket; ListenStream= clears, then yours"
         found = (

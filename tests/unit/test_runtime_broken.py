@@ -160,7 +160,7 @@ def test_the_first_break_is_the_reason_and_is_logged_with_its_event(tmp_path, mo
         "the scheduler broke over RequestArrived: ZeroDivisionError('oh')",
     )
     assert caplog.text.count("broke over RequestArrived") == 1
-    assert "It was RequestArrived(request=1, model='a', patient=False)" in caplog.text
+    assert "It was RequestArrived(request=1, model='a', patient=False, most_wait=None)" in caplog.text
     assert "broke over SetMode" in caplog.text
     assert "invariant" not in caplog.text, "a core that is known to be broken is not audited"
 
