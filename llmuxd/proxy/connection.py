@@ -149,8 +149,12 @@ class Site:
     def stop_listening(self) -> None:
         """Take no new connections, and no new requests on those that there are."""
         self._ending = True
+        loop = asyncio.get_running_loop()
         for listener in self._listeners:
-            listener.close()
+            for one in listener.sockets:
+                loop.remove_reader(one)
+            # Not at once: asyncio drops what it has accepted a moment ago if the listener is closed by then.
+            loop.call_later(_SETTLE_POLL_SECS, listener.close)
         for connection in self._connections():
             connection.end()
 
@@ -162,6 +166,8 @@ class Site:
         async def settled() -> bool:
             return loop.time() >= deadline or all(connection.used for connection in self._connections())
 
+        # What was accepted a moment ago is no connection yet.
+        await asyncio.sleep(2 * _SETTLE_POLL_SECS)
         await poll(settled, _SETTLE_POLL_SECS)
 
     def _connections(self) -> list[ClientConnection]:
@@ -175,6 +181,8 @@ class Site:
         if self._runner.server is not None:
             await self._runner.server.shutdown(CLOSE_GRACE_SECS)
         await self._runner.cleanup()
+        for listener in self._listeners:
+            listener.close()
 
 
 async def serve_proxy(
