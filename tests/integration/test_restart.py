@@ -187,6 +187,7 @@ class TestKilled:
         assert not _runs(pid)
         assert "cannot be understood" in stack.log.read_text()
         assert (stack.home / "state" / "engines.unreadable").exists()
+        assert stack.ask("a").status == 200, "with the folder and the socket that the other one had"
 
     def test_a_state_file_that_could_not_be_written_does_not_make_a_sleeper_awake(self, daemon):
         stack = daemon("a").start()
