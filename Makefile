@@ -44,10 +44,11 @@ sim: $(STAMP) ## the switching core under virtual time with faults, SEEDS=0:1000
 bench-policies: $(STAMP) ## compare the switching policies; writes docs/policies.md
 	@$(BIN)/python -m llmuxd.sim report --traces benchmarks/traces
 
+# Without those of the core, which uses nothing but the standard library.
 test-floor: ## the same tests on the oldest versions that are supported, Debian 12's
 	@$(PYTHON) -m venv $(CACHE)/floor
 	@$(CACHE)/floor/bin/pip install --quiet --disable-pip-version-check -c tests/floor.txt -e '.[test]'
-	@$(CACHE)/floor/bin/python -m pytest
+	@$(CACHE)/floor/bin/python -m pytest tests/unit tests/integration
 
 test-vllm: $(STAMP) ## the tests over real vLLM engines (CPU build; downloads about 1 GB once)
 	@sh tests/real/setup-vllm.sh "$(CACHE)"
