@@ -28,10 +28,9 @@ demo-stop: ## stop it
 	@sh tools/demo.sh stop $(BIN)
 
 test: $(STAMP) lint ## lint, types, and the tests that need no vLLM
-	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -p -m pytest
-	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage run -m pytest tests/core
 	@$(BIN)/coverage report --include='llmuxd/core/*' --fail-under=100
+	@$(BIN)/python -m pytest tests/unit tests/integration
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
