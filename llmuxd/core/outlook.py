@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llmuxd.core.costs import estimate
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.state import Model, State
-from llmuxd.core.views import candidate_of, drain_secs, oldest_demand, typical_switch_secs
+from llmuxd.core.views import candidate_of, drain_secs, oldest_demand, typical_switch_secs, way_in_secs
 
 _KIND = {S.STARTING: "start", S.WAKING: "wake", S.FALLING_ASLEEP: "sleep", S.STOPPING: "stop"}
 """What an engine in a transition is doing, as `Costs` calls it."""
@@ -59,14 +59,15 @@ def _until_awake(state: State, model: Model, now: float) -> float:
     if switch is not None and switch.target is not None:
         under_way += _drain(state, list(switch.victims), now) + _way_in(state, state.models[switch.target])
     candidate = candidate_of(state, model)
-    own = oldest_demand(model)
-    earlier = sum(
-        since is not None and other is not model and other.state is not S.AWAKE and (own is None or since < own)
-        for other in state.models.values()
-        for since in (oldest_demand(other),)
-    )
+    earlier = sum(_is_before(other, model) for other in state.models.values() if other is not model)
     drain = _drain(state, list(candidate.victims), now)
     return max(blocked, under_way) + drain + candidate.switch_secs + earlier * typical_switch_secs(state)
+
+
+def _is_before(other: Model, model: Model) -> bool:
+    """Whether requests have waited longer for a switch to `other` than any for one to `model`."""
+    since, own = oldest_demand(other), oldest_demand(model)
+    return since is not None and other.state is not S.AWAKE and (own is None or since < own)
 
 
 def _rest(state: State, model: Model, now: float) -> float:
@@ -82,8 +83,7 @@ def _way_in(state: State, model: Model) -> float:
     """What it takes to make a model awake that has not begun to be."""
     if model.state in (S.AWAKE, S.STARTING, S.WAKING):
         return 0.0
-    kind = "wake" if model.state is S.ASLEEP else "start"
-    return estimate(kind, model.costs, [other.costs for other in state.models.values()])
+    return way_in_secs(model, [other.costs for other in state.models.values()])
 
 
 def _drain(state: State, victims: list[str], now: float) -> float:

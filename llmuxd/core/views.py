@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from llmuxd.core.costs import UNMEASURED, Costs, estimate
 from llmuxd.core.engine_state import EngineState as S
@@ -111,12 +111,17 @@ def candidate_of(state: State, model: Model, used: Mapping[str, int] | None = No
     """What it would take to make the model awake now."""
     going = make_room(state, model, used)
     costs = [m.costs for m in state.models.values()]
-    seconds = estimate("wake" if model.state is S.ASLEEP else "start", model.costs, costs)
+    seconds = way_in_secs(model, costs)
     for name, eviction in going.items():
         victim = state.models[name]
         sleeps = eviction.process is ProcessStrategy.KEEP_RUNNING and victim.can_sleep
         seconds += estimate("sleep" if sleeps else "stop", victim.costs, costs)
     return Candidate(tuple(going), seconds)
+
+
+def way_in_secs(model: Model, costs: Iterable[Costs]) -> float:
+    """What it is taken to need to make a model awake that sleeps or has no engine; `costs` are those of all."""
+    return estimate("wake" if model.state is S.ASLEEP else "start", model.costs, costs)
 
 
 def oldest_demand(model: Model) -> float | None:
