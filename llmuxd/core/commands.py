@@ -103,6 +103,14 @@ class StopEngine:
 
 
 @dataclass(frozen=True, slots=True)
+class RefuseImage:
+    """Put the image aside that the model's engine was restored from: it is good for nothing."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobDone:
     """What the operator asked for has happened."""
 
@@ -206,4 +214,4 @@ class HandedOver:
 RequestCommand = Forward | Refuse | Abort
 EngineCommand = StartEngine | SleepEngine | WakeEngine | StopEngine
 Notice = EngineChanged | SwitchBegan | SwitchPhaseEnded | SwitchEnded | PolicyFailed | ModelGone
-Command = RequestCommand | EngineCommand | JobDone | JobFailed | Notice | Probed | AllStopped | HandedOver
+Command = RequestCommand | EngineCommand | RefuseImage | JobDone | JobFailed | Notice | Probed | AllStopped | HandedOver

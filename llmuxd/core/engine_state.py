@@ -13,6 +13,8 @@ class EngineState(str, Enum):
     AWAKE = "awake"
     FALLING_ASLEEP = "falling_asleep"
     ASLEEP = "asleep"
+    CHECKPOINTED = "checkpointed"
+    """There is no process: it was saved to an image, which it can be restored from."""
     WAKING = "waking"
     STOPPING = "stopping"
     FAILED = "failed"

@@ -24,25 +24,35 @@ class Engines:
         op = self._begin(model)
         model.incarnation = op
         model.placement = model.spec.placement
-        model.outdated = False
+        model.outdated = model.restored = False
         timeout = model.spec.start_timeout
         self._enter(model, c.StartEngine, S.STARTING, now, timeout)
         self._state.out.append(c.StartEngine(model.name, op, timeout))
 
     def wake(self, model: Model, now: float) -> None:
+        """Wake it, or restore it from its image."""
         assert model.asleep_by is not None
         op = self._begin(model)
         timeout = self._state.settings.wake_timeout
+        if model.state is S.CHECKPOINTED:
+            timeout = max(timeout, model.spec.start_timeout)
+            model.incarnation = op
+            model.placement = model.spec.placement
+            model.outdated = False
+            model.restored = True
         self._enter(model, c.WakeEngine, S.WAKING, now, timeout)
         self._state.out.append(c.WakeEngine(model.name, op, model.asleep_by, timeout))
 
     def evict(self, model: Model, eviction: EvictionPolicy, mode: c.SleepMode, now: float) -> None:
         """Free the device: put the engine to sleep, or stop it where the policy or the engine wants that."""
-        if eviction.process is not ProcessStrategy.KEEP_RUNNING or not model.can_sleep:
+        if eviction.process is ProcessStrategy.STOP or not model.can_sleep:
             self.stop(model, now)
             return
         op = self._begin(model)
         timeout = self._state.settings.sleep_timeout
+        if eviction.process is ProcessStrategy.CHECKPOINT:
+            # It is written to a disk as a start reads from one.
+            timeout = max(timeout, model.spec.start_timeout)
         self._enter(model, c.SleepEngine, S.FALLING_ASLEEP, now, timeout)
         model.asleep_by = eviction
         model.parked_since = now
@@ -75,14 +85,32 @@ class Engines:
         model = self._current(event.model, event.op)
         if model is None:
             return False
-        model.costs.sleep.add(self._enter(model, e.EngineSlept, S.ASLEEP, now))
+        by = model.asleep_by
+        saved = by is not None and by.process is ProcessStrategy.CHECKPOINT
+        spent = self._enter(model, e.EngineSlept, S.CHECKPOINTED if saved else S.ASLEEP, now)
+        assert by is not None
+        model.costs.add("sleep", by, spent)
+        if saved:
+            model.image = by
         return True
+
+    def stayed(self, model: Model, reason: str, now: float) -> None:
+        """It could not be saved, and sleeps as its weights were told to."""
+        assert model.asleep_by is not None
+        model.last_error = reason
+        self._enter(model, e.OperationFailed, S.ASLEEP, now, reason=reason)
+        model.asleep_by = EvictionPolicy(model.asleep_by.weights, ProcessStrategy.KEEP_RUNNING)
 
     def woke(self, event: e.EngineWoke, now: float) -> bool:
         model = self._current(event.model, event.op)
         if model is None:
             return False
-        model.costs.wake.add(self._enter(model, e.EngineWoke, S.AWAKE, now))
+        if model.restoring and not event.image_kept:
+            model.image = None
+        by = model.asleep_by
+        spent = self._enter(model, e.EngineWoke, S.AWAKE, now)
+        assert by is not None
+        model.costs.add("wake", by, spent)
         model.asleep_by = None
         model.idle_since = now
         model.answered = False
@@ -93,9 +121,37 @@ class Engines:
         if model is None:
             return False
         failed = model.failures > 0 and model.retry_at > now
-        to = S.FAILED if failed else S.NOT_STARTED
+        to = S.FAILED if failed else S.NOT_STARTED if model.image is None else S.CHECKPOINTED
         model.costs.stop.add(self._enter(model, e.EngineStopped, to, now, reason=model.last_error if failed else ""))
+        model.asleep_by = model.image if to is S.CHECKPOINTED else None
         return True
+
+    def image_found(self, event: e.ImageFound, now: float) -> None:
+        """The engine that there is may have been made from it or not: it is what the next one is restored from."""
+        model = self._state.models.get(event.model)
+        if model is None:
+            raise IllegalEvent(f"no model {event.model!r}")
+        model.image = event.eviction
+        if model.state is S.NOT_STARTED:
+            self._enter(model, e.ImageFound, S.CHECKPOINTED, now)
+            model.can_park, model.can_sleep = event.can_park, event.can_sleep
+        if model.state is S.CHECKPOINTED:
+            model.asleep_by = event.eviction
+
+    def image_lost(self, event: e.ImageLost, now: float) -> None:
+        """Whatever took it: the next start is a cold one. An engine that is being restored will tell by itself."""
+        model = self._state.models.get(event.model)
+        if model is None:
+            raise IllegalEvent(f"no model {event.model!r}")
+        model.image = None
+        if model.state is S.CHECKPOINTED:
+            self._enter(model, e.ImageLost, S.NOT_STARTED, now, reason=event.reason)
+            model.asleep_by = None
+
+    def refuse_image(self, model: Model, reason: str) -> None:
+        """No engine that is worth anything comes of its image."""
+        model.image = None
+        self._state.out.append(c.RefuseImage(model.name, reason))
 
     def adopted(self, event: e.EngineAdopted, now: float) -> None:
         """An engine of an earlier daemon is ours. Raises IllegalEvent if there is one already, or no room for it."""
@@ -127,6 +183,11 @@ class Engines:
         void = event.incarnation < model.incarnation or model.state in WITHOUT_PROCESS
         if void or model.state is S.STOPPING:
             return False
+        if model.state is S.WAKING:
+            # The operation under way fails by it, too, and then it is started from its weights.
+            return False
+        if model.restored and not model.answered and model.state is S.AWAKE:
+            self.refuse_image(model, event.reason)
         # One that had served is started again at once; one that dies again and again is not.
         self.fail(model, event.reason, now, at_once=model.state not in (S.STARTING, S.WAKING))
         return True

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.choice import Resources
+from llmuxd.core.eviction import Auto, EvictionPolicy
 from llmuxd.core.policy import Policy
 from llmuxd.core.settings import ModelSpec, Settings
 
@@ -22,11 +23,18 @@ class FailureKind(str, Enum):
     """It answered success and is not in the state that was asked for."""
     SPAWN = "spawn"
     """Its command could not be executed."""
+    NOT_CHECKPOINTED = "not_checkpointed"
+    """It could not be saved, and lives: it sleeps as its weights were told to."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A client's request was read and its model resolved. `request` is unique for the life of the daemon."""
+    """A client's request was read and its model resolved. `request` is unique for the life of the daemon.
+
+    Of those that wait for the same model the one with the highest `priority` is forwarded first, and of those the one
+    that came first. So a low one waits as long as higher ones keep coming, until its request timeout ends it: that is
+    meant. Between models priorities decide nothing: how long a model's longest wait is counts whoever waits.
+    """
 
     request: int
     model: str
@@ -34,6 +42,7 @@ class RequestArrived:
     """No request timeout: the warm-up's own inference waits for a cold start however long it takes."""
     most_wait: float | None = None
     """The longest that its client will wait, in seconds, if that is less than the request timeout; 0 for not at all."""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,8 @@ class EngineStarted:
 
 @dataclass(frozen=True, slots=True)
 class EngineSlept:
+    """It is put to sleep as the policy of the command says: by one with a checkpoint it is saved, and gone."""
+
     model: str
     op: int
 
@@ -78,6 +89,8 @@ class EngineSlept:
 class EngineWoke:
     model: str
     op: int
+    image_kept: bool = False
+    """It was restored, and can be again from the same image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,24 @@ class EngineAdopted:
     starting: bool = False
     outdated: bool = False
     """It was started from another config than today's: it is stopped when it is next idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFound:
+    """There is an image that the engine can be restored from, made by `eviction`: an earlier daemon's, or another's."""
+
+    model: str
+    eviction: EvictionPolicy
+    can_park: bool = True
+    can_sleep: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLost:
+    """There is no image of the model any more."""
+
+    model: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +207,7 @@ class SetMode:
 @dataclass(frozen=True, slots=True)
 class SetEviction:
     model: str
-    eviction: EvictionPolicy
+    eviction: EvictionPolicy | Auto
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +240,13 @@ class Reload:
 
 
 @dataclass(frozen=True, slots=True)
+class ResourcesMeasured:
+    """What the box has for those that are evicted. To be fed now and then while a policy is left to be chosen."""
+
+    resources: Resources
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed. Fed when `Switcher.next_deadline` is due."""
 
@@ -221,7 +259,8 @@ class Probe:
 
 
 RequestEvent = RequestArrived | RequestFinished | RequestBounced | ClientLeft
+ImageEvent = ImageFound | ImageLost
 EngineEvent = EngineStarted | EngineSlept | EngineWoke | EngineStopped | EngineAdopted | OperationFailed | EngineDied
 OperatorEvent = OperatorSwitch | OperatorWake | OperatorSleep | OperatorStop | Pin | SetMode | SetEviction | Reload
 EndingEvent = HandOver | Shutdown
-Event = RequestEvent | EngineEvent | OperatorEvent | EndingEvent | Tick | Probe
+Event = RequestEvent | EngineEvent | ImageEvent | OperatorEvent | EndingEvent | ResourcesMeasured | Tick | Probe

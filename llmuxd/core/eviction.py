@@ -56,5 +56,27 @@ class EvictionPolicy:
         return f"{self.weights.value}+{self.process.value}"
 
 
+class Auto(Enum):
+    """Instead of a policy: the switcher chooses the cheapest cell each time. See `choice`."""
+
+    AUTO = "auto"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+AUTO = Auto.AUTO
+
 STOP = EvictionPolicy(WeightStrategy.RETAIN, ProcessStrategy.STOP)
 """The eviction that always works, and frees everything."""
+
+FREES_NOTHING = EvictionPolicy(WeightStrategy.RETAIN, ProcessStrategy.KEEP_RUNNING)
+"""A sleep by it leaves everything on the device."""
+
+CELLS = tuple(
+    EvictionPolicy(weights, process)
+    for process in ProcessStrategy
+    for weights in WeightStrategy
+    if process is not ProcessStrategy.STOP or weights is STOP.weights
+)
+"""Those that differ: with the process its weights are gone, whatever their strategy."""

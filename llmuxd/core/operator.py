@@ -42,7 +42,7 @@ class Operator:
             raise IllegalEvent(f"no model {event.model!r}")
         model = state.models[event.model]
         if isinstance(event, e.SetEviction):
-            model.eviction = event.eviction
+            model.evict_by(event.eviction)
         elif state.ending:
             state.out.append(c.JobFailed(event.job, state.ending))
         elif model.retired:
@@ -98,7 +98,7 @@ class Operator:
             state.out.append(c.JobFailed(event.job, reason, allowed=False))
             return
         eviction = event.eviction or model.eviction
-        asleep = model.state is S.ASLEEP and eviction.process is ProcessStrategy.KEEP_RUNNING
+        asleep = model.state is S.ASLEEP and eviction.process is not ProcessStrategy.STOP
         if asleep and event.eviction not in (None, model.asleep_by):
             reason = f"{model.name} is asleep ({model.asleep_by}) already; wake it first, or stop it"
             state.out.append(c.JobFailed(event.job, reason))

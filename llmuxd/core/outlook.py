@@ -28,11 +28,11 @@ class Outlook:
 def outlook_of(state: State, request: int, now: float) -> Outlook | None:
     """Of a request that is queued; None for one that is not."""
     known = state.requests.get(request)
-    if known is None or request not in state.models[known.model].queue:
+    if known is None or known not in state.models[known.model].queue:
         return None
     model = state.models[known.model]
-    place = 1 + list(model.queue).index(request)
-    return Outlook(place, expected_wait(state, model, now, place - 1))
+    before = model.queue.before(known)
+    return Outlook(before + 1, expected_wait(state, model, now, before))
 
 
 def expected_wait(state: State, model: Model, now: float, before: int | None = None) -> float:

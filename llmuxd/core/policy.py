@@ -57,6 +57,8 @@ class ModelView:
     """Requests that came per second, lately."""
     priority: float = 1.0
     """How many times the waiting of its requests counts."""
+    next_arrival: float | None = None
+    """When the request came that is forwarded next. It need not be the oldest: some are more urgent than others."""
     candidate: Candidate | None = None
     """Not None if it has demand, is not awake and may be made so: no failure is being waited out, no transition
     is under way."""

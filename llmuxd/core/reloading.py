@@ -27,12 +27,13 @@ def reload(state: State, event: e.Reload, now: float) -> frozenset[str]:
     for name, spec in specs.items():
         model = state.models.get(name)
         if model is None:
-            state.models[name] = Model(spec, spec.eviction, since=now)
+            state.models[name] = Model(spec, since=now)
+            state.models[name].evict_by(spec.eviction)
             continue
         model.retired = False
         if spec.eviction != model.spec.eviction:
             # Otherwise the operator's word, if there was one, stays in force.
-            model.eviction = spec.eviction
+            model.evict_by(spec.eviction)
         model.spec = spec
         if name in event.changed:
             # What made it fail may be mended: it is not waited out.

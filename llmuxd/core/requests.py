@@ -13,7 +13,8 @@ from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
 from llmuxd.core.outlook import expected_wait
-from llmuxd.core.state import IllegalEvent, Model, Request, State
+from llmuxd.core.queue import Request
+from llmuxd.core.state import IllegalEvent, Model, State
 
 DEATH_NOTICE_SECS = 1.5
 """A dead engine is noticed within a second; requests that bounced off it wait this long for the news."""
@@ -31,42 +32,56 @@ class Requests:
 
     # Events
 
-    def arrived(self, event: e.RequestArrived, now: float) -> None:
+    def take(self, event: e.RequestEvent, now: float) -> Model:
+        """Take one event. Returns the model that the request is for; nothing of another one is changed."""
+        if isinstance(event, e.RequestArrived):
+            model = self._arrived(event, now)
+        elif isinstance(event, e.RequestFinished):
+            model = self._finished(event, now)
+        elif isinstance(event, e.RequestBounced):
+            model = self._bounced(event, now)
+        else:
+            model = self._left(event, now)
+        # Not only what there is room for now: what waits may wait for a moment that has come, and whose Tick is late.
+        self.pump(model, now)
+        return model
+
+    def _arrived(self, event: e.RequestArrived, now: float) -> Model:
         state = self._state
         if event.model not in state.models or event.request in state.requests:
             raise IllegalEvent(f"request {event.request} for {event.model!r}")
         model = state.models[event.model]
         state.arrived = model.name
         timeout = self._timeout_of(event)
-        request = Request(event.request, model.name, now, None if timeout is None else now + timeout, timeout)
+        deadline = None if timeout is None else now + timeout
+        request = Request(event.request, model.name, now, deadline, timeout, event.priority)
         refusal = self._objection(model, now)
         if refusal is None and model.retired:
             refusal = c.Refusal.CANNOT_LOAD, f"{model.name} was taken out of the config", None
         if refusal is not None:
             state.out.append(c.Refuse(request.id, *refusal))
-            return
+            return model
         state.requests[request.id] = request
         model.rate.count(now)
         model.last_arrival = now
         if not model.queue and self.may_forward(model, now):
             self._forward(model, request, now)
-            return
+            return model
         full = self._queue_full(model)
         if full:
             del state.requests[request.id]
             state.out.append(c.Refuse(request.id, c.Refusal.QUEUE_FULL, full, self.retry_after(model, now)))
-            return
+            return model
         if timeout == 0:
             del state.requests[request.id]
             message = f"{model.name} is {model.state.value}, and the request does not want to wait"
             state.out.append(c.Refuse(request.id, c.Refusal.TIMED_OUT, message, self.retry_after(model, now)))
-            return
+            return model
         self._enqueue(model, request)
+        return model
 
-    def finished(self, event: e.RequestFinished, now: float) -> Model:
-        request = self._state.requests.get(event.request)
-        model = self._take_in_flight(event.request, now)
-        assert request is not None
+    def _finished(self, event: e.RequestFinished, now: float) -> Model:
+        model, request = self._take_in_flight(event.request, now)
         if event.ok:
             self._engines.succeeded(model)
             model.answered = True
@@ -75,12 +90,10 @@ class Requests:
                 model.costs.answer.add(now - request.forwarded)
         return model
 
-    def bounced(self, event: e.RequestBounced, now: float) -> Model:
-        """Queue it again, in front, unless that was done before."""
+    def _bounced(self, event: e.RequestBounced, now: float) -> Model:
+        """Queue it again, in its old place, unless that was done before."""
         state = self._state
-        request = state.requests.get(event.request)
-        model = self._take_in_flight(event.request, now)
-        assert request is not None
+        model, request = self._take_in_flight(event.request, now)
         if model.state is S.AWAKE:
             model.suspect_until = now + DEATH_NOTICE_SECS
         if request.retried or state.shutdown_deadline is not None:
@@ -98,12 +111,12 @@ class Requests:
         self._enqueue(model, request)
         return model
 
-    def left(self, event: e.ClientLeft, now: float) -> Model:
+    def _left(self, event: e.ClientLeft, now: float) -> Model:
         request = self._state.requests.get(event.request)
-        if request is not None and event.request in self._state.models[request.model].queue:
+        if request is not None and self._is_queued(request):
             self._take_queued(request)
             return self._state.models[request.model]
-        return self._take_in_flight(event.request, now)
+        return self._take_in_flight(event.request, now)[0]
 
     # What the others may do with requests
 
@@ -119,14 +132,13 @@ class Requests:
 
     def pump(self, model: Model, now: float) -> None:
         """Forward what is queued, as far as it may be."""
-        while model.queue and self.may_forward(model, now):
-            request = next(iter(model.queue.values()))
+        while (request := model.queue.first) is not None and self.may_forward(model, now):
             self._unqueue(request)
             self._forward(model, request, now)
 
     def refuse_queue(self, model: Model, refusal: c.Refusal, message: str, retry_after: float | None = None) -> None:
         """End everything that waits for `model`."""
-        for request in list(model.queue.values()):
+        for request in list(model.queue):
             self._take_queued(request)
             self._state.out.append(c.Refuse(request.id, refusal, message, retry_after))
 
@@ -210,36 +222,27 @@ class Requests:
         self._state.out.append(c.Forward(request.id, model.name, now - request.arrived, switching))
 
     def _enqueue(self, model: Model, request: Request) -> None:
-        """Into the queue, which is in the order of arrival."""
-        late = [other for other in model.queue.values() if other.arrived > request.arrived] if request.retried else []
-        for other in late:
-            del model.queue[other.id]
-        model.queue[request.id] = request
-        for other in late:
-            model.queue[other.id] = other
-        model.arrivals += request.arrived
+        model.queue.add(request)
         self._state.queued += 1
         if request.deadline is not None:
             heapq.heappush(self._state.timeouts, (request.deadline, request.id))
 
     def _is_queued(self, request: Request) -> bool:
-        return request.id in self._state.models[request.model].queue
+        return request in self._state.models[request.model].queue
 
     def _unqueue(self, request: Request) -> None:
-        model = self._state.models[request.model]
-        del model.queue[request.id]
-        model.arrivals = model.arrivals - request.arrived if model.queue else 0.0
+        self._state.models[request.model].queue.remove(request)
         self._state.queued -= 1
 
     def _take_queued(self, request: Request) -> None:
         self._unqueue(request)
         del self._state.requests[request.id]
 
-    def _take_in_flight(self, id_: int, now: float) -> Model:
+    def _take_in_flight(self, id_: int, now: float) -> tuple[Model, Request]:
         request = self._state.requests.get(id_)
         if request is None or id_ not in self._state.models[request.model].in_flight:
             raise IllegalEvent(f"request {id_} is not in flight")
         model = self._state.models[request.model]
         del model.in_flight[id_], self._state.requests[id_]
         model.idle_since = now
-        return model
+        return model, request

@@ -53,8 +53,10 @@ def _why(state: State, policy: Policy, model: Model, waiting: float, now: float)
 
 def is_held_up(state: State, model: Model, now: float) -> bool:
     """Whether requests wait for a model that is awake and could take them."""
-    if not model.queue or model.state is not S.AWAKE or model.suspect_until > now:
+    if not model.queue or model.state is not S.AWAKE:
         return False
+    if model.suspect_until and model.suspect_until + LATE_SECS > now:
+        return False  # The end of a suspicion is noticed by a Tick.
     full = model.spec.max_in_flight is not None and len(model.in_flight) >= model.spec.max_in_flight
     return not full and (state.switch is None or not state.switch.gates(model.name))
 
@@ -83,7 +85,8 @@ def passed_over_secs(state: State, policy: Policy, model: Model, now: float) -> 
     began = overdue_at
     for name in make_room(state, model):
         other = state.models[name]
-        if other.queue and next(iter(other.queue.values())).arrived < overdue_at:
+        next_up = other.queue.first
+        if next_up is not None and next_up.arrived < overdue_at:
             # It still serves what came before the other was overdue.
             return float("-inf")
         if other.state is S.AWAKE:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.eviction import Auto, EvictionPolicy
 
 
 class InFlight(str, Enum):
@@ -36,7 +36,7 @@ class ModelSpec:
     """One model. Durations are in seconds, None means without bound."""
 
     name: str
-    eviction: EvictionPolicy
+    eviction: EvictionPolicy | Auto
     placement: Placement
     start_timeout: float = 1800.0
     max_in_flight: int | None = None

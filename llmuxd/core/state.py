@@ -16,9 +16,11 @@ from typing import Any
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
+from llmuxd.core.choice import Choice, Resources
 from llmuxd.core.costs import Costs, Rate
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.core.eviction import STOP, Auto, EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.core.queue import Queue, Request
 from llmuxd.core.settings import ModelSpec, Placement, Settings
 
 
@@ -27,13 +29,26 @@ class IllegalEvent(Exception):
 
 
 TRANSITIONS: Mapping[S, Mapping[type[Any], tuple[S, ...]]] = {
-    S.NOT_STARTED: {c.StartEngine: (S.STARTING,), e.EngineAdopted: (S.STARTING, S.AWAKE, S.ASLEEP)},
+    S.NOT_STARTED: {
+        c.StartEngine: (S.STARTING,),
+        e.EngineAdopted: (S.STARTING, S.AWAKE, S.ASLEEP),
+        e.ImageFound: (S.CHECKPOINTED,),
+    },
     S.STARTING: {e.EngineStarted: (S.AWAKE,), c.StopEngine: (S.STOPPING,)},
     S.AWAKE: {c.SleepEngine: (S.FALLING_ASLEEP,), c.StopEngine: (S.STOPPING,)},
-    S.FALLING_ASLEEP: {e.EngineSlept: (S.ASLEEP,), c.StopEngine: (S.STOPPING,)},
+    S.FALLING_ASLEEP: {
+        e.EngineSlept: (S.ASLEEP, S.CHECKPOINTED),
+        e.OperationFailed: (S.ASLEEP,),
+        c.StopEngine: (S.STOPPING,),
+    },
     S.ASLEEP: {c.WakeEngine: (S.WAKING,), c.StopEngine: (S.STOPPING,)},
+    S.CHECKPOINTED: {
+        c.WakeEngine: (S.WAKING,),
+        e.EngineAdopted: (S.STARTING, S.AWAKE, S.ASLEEP),
+        e.ImageLost: (S.NOT_STARTED,),
+    },
     S.WAKING: {e.EngineWoke: (S.AWAKE,), c.StopEngine: (S.STOPPING,)},
-    S.STOPPING: {e.EngineStopped: (S.NOT_STARTED, S.FAILED), c.StopEngine: (S.STOPPING,)},
+    S.STOPPING: {e.EngineStopped: (S.NOT_STARTED, S.FAILED, S.CHECKPOINTED), c.StopEngine: (S.STOPPING,)},
     S.FAILED: {c.StartEngine: (S.STARTING,)},
 }
 """State -> what happens -> the states that it may lead to."""
@@ -43,7 +58,10 @@ IN_TRANSITION = frozenset({S.STARTING, S.FALLING_ASLEEP, S.WAKING, S.STOPPING})
 
 HOLDS_PARKED = frozenset({S.FALLING_ASLEEP, S.ASLEEP, S.WAKING})
 
-WITHOUT_PROCESS = frozenset({S.NOT_STARTED, S.FAILED})
+LOADABLE = frozenset({S.NOT_STARTED, S.ASLEEP, S.CHECKPOINTED, S.FAILED})
+"""States from which an engine can be made awake."""
+
+WITHOUT_PROCESS = frozenset({S.NOT_STARTED, S.FAILED, S.CHECKPOINTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +73,27 @@ class SwitchMode:
 
 
 @dataclass(slots=True)
-class Request:
-    """One accepted request, from its arrival to its end. Times are clock seconds."""
-
-    id: int
-    model: str
-    arrived: float
-    deadline: float | None
-    """When it is refused if it is still queued."""
-    timeout: float | None = None
-    """How long it may be queued in one go, in seconds; None for ever."""
-    retried: bool = False
-    forwarded: float = 0.0
-
-
-@dataclass(slots=True)
 class Model:
     """A model, its engine's state and its requests."""
 
     spec: ModelSpec
-    eviction: EvictionPolicy
-    """The policy in force: the config's, or the operator's word."""
     since: float
+    eviction: EvictionPolicy = STOP
+    """The policy in force: the config's, the operator's word, or what was chosen."""
+    auto: bool = False
+    """It is chosen each time."""
+    choice: Choice | None = None
+    """If it is: what was chosen last, and why."""
+    barred: dict[EvictionPolicy, float] = field(default_factory=dict)
+    """Policies that have failed, and until when they are not chosen."""
     state: S = S.NOT_STARTED
     asleep_by: EvictionPolicy | None = None
-    """How the engine was put (or is being put) to sleep; None unless it is falling asleep, asleep or waking."""
+    """How the engine was put (or is being put) to sleep; None unless it is falling asleep, asleep, checkpointed or
+    waking."""
+    image: EvictionPolicy | None = None
+    """The policy by which the image was made that its engine can be restored from; None if there is none."""
+    restored: bool = False
+    """Its present process comes of an image."""
     placement: Placement | None = None
     """Where its engine runs, as the config was when it was started."""
     held: Mapping[str, int] = field(default_factory=dict)
@@ -109,8 +123,7 @@ class Model:
     outdated: bool = False
     """Its engine was started from an older config, and is stopped when it is next idle."""
     costs: Costs = field(default_factory=Costs)
-    queue: dict[int, Request] = field(default_factory=dict)
-    """Waiting, the next one to forward first, which is the one that arrived first."""
+    queue: Queue = field(default_factory=Queue)
     parked_since: float = 0.0
     """When it was last put to sleep with requests in flight."""
     answered: bool = False
@@ -120,13 +133,17 @@ class Model:
     last_arrival: float = float("-inf")
     rate: Rate = field(default_factory=Rate)
     """Of arrivals."""
-    arrivals: float = 0.0
-    """The sum of the arrival times in `queue`: how long all of them have waited is known without a look at each."""
     in_flight: dict[int, Request] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    def evict_by(self, eviction: EvictionPolicy | Auto) -> None:
+        """Put a policy in force. A choice is made at once by `choose_all`."""
+        self.auto = isinstance(eviction, Auto)
+        if not isinstance(eviction, Auto):
+            self.eviction, self.choice = eviction, None
 
     @property
     def holds(self) -> Placement:
@@ -144,7 +161,13 @@ class Model:
 
     def loadable(self, now: float) -> bool:
         """Whether it could be made awake, room permitting."""
-        return self.state in (S.NOT_STARTED, S.ASLEEP, S.FAILED) and not self.blocked(now)
+        return self.state in LOADABLE and not self.blocked(now)
+
+    @property
+    def restoring(self) -> bool:
+        """Whether its engine is being restored from an image."""
+        by = self.asleep_by
+        return self.state is S.WAKING and by is not None and by.process is ProcessStrategy.CHECKPOINT
 
     def check(self, trigger: type[Any], to: S) -> None:
         """Raises IllegalEvent if `trigger` may not lead to `to` from here."""
@@ -211,6 +234,7 @@ class State:
     switch: Switch | None = None
     jobs: list[Job] = field(default_factory=list)
     mode: SwitchMode = SwitchMode()
+    resources: Resources = field(default_factory=Resources)
     shutdown_deadline: float | None = None
     all_stopped: bool = False
     handover_deadline: float | None = None

@@ -1,9 +1,9 @@
 """The switcher: `handle(event, now)` takes one event and returns the commands that follow from it.
 
 This is the whole of the core to those outside it. It dispatches events to `requests`, `engines`, `operator` and
-`ending`, and then lets the last, or `switching` through it, take the steps that have become possible. Nothing here
-waits, and nothing here knows the time: `now` is passed in, in seconds of a clock that never goes back, and
-`next_deadline` says when a `Tick` is due.
+`ending`, and then lets the last, or `switching` through it, take the steps that have become possible; `rest` knows when
+there are none. Nothing here waits, and nothing here knows the time: `now` is passed in, in seconds of a clock that
+never goes back, and `next_deadline` says when a `Tick` is due.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
+from llmuxd.core.choice import choose_all
 from llmuxd.core.costs import Costs
 from llmuxd.core.ending import Ending
 from llmuxd.core.engine_state import EngineState as S
@@ -20,6 +21,7 @@ from llmuxd.core.operator import Operator
 from llmuxd.core.policy import Policy
 from llmuxd.core.reloading import sweep
 from llmuxd.core.requests import Requests
+from llmuxd.core.rest import Rest
 from llmuxd.core.selfcheck import find_stalls
 from llmuxd.core.settings import ModelSpec, Settings
 from llmuxd.core.state import Model, State, SwitchMode, check_placement
@@ -47,12 +49,15 @@ class Switcher:
         for spec in models:
             check_placement(spec, devices)
             known = Costs.of((costs or {}).get(spec.name, {}))
-            self.state.models[spec.name] = Model(spec, spec.eviction, since=now, costs=known)
+            self.state.models[spec.name] = model = Model(spec, since=now, costs=known)
+            model.evict_by(spec.eviction)
+        choose_all(self.state, now)
         self._engines = Engines(self.state)
         self._requests = Requests(self.state, self._engines)
         self._switching = Switching(self.state, self._engines, self._requests, policy)
         self._operator = Operator(self.state, self._engines, self._requests, self._switching)
         self._ending = Ending(self.state, self._engines, self._requests, self._switching)
+        self._rest = Rest(self.state, self._requests, self._switching)
 
     @property
     def policy(self) -> Policy:
@@ -64,51 +69,40 @@ class Switcher:
 
     def handle(self, event: e.Event, now: float) -> list[c.Command]:
         """Take one event. Raises IllegalEvent, and changes nothing, if it cannot have happened."""
-        self._dispatch(event, now)
-        if isinstance(event, e.Probe):
-            return self._flush()
-        sweep(self.state, self._engines, now)
-        self._ending.step(now)
-        # What a switch that has just ended still needed may go now.
-        sweep(self.state, self._engines, now)
-        return self._flush()
-
-    def _flush(self) -> list[c.Command]:
+        if isinstance(event, (e.RequestArrived, e.RequestFinished, e.RequestBounced, e.ClientLeft)):
+            model = self._requests.take(event, now)
+            if not self._rest.outlasts(model, now):
+                self._take_steps(now)
+        elif isinstance(event, e.Probe):
+            self.state.out.append(c.Probed(event.probe, find_stalls(self.state, self.policy, self.next_deadline, now)))
+        else:
+            self._rest.end()
+            self._dispatch(event, now)
+            choose_all(self.state, now)
+            self._take_steps(now)
         commands, self.state.out = self.state.out, []
         self.state.arrived = None
         return commands
 
+    def _take_steps(self, now: float) -> None:
+        """Take every step that has become possible."""
+        sweep(self.state, self._engines, now)
+        self._ending.step(now)
+        # What a switch that has just ended still needed may go now.
+        sweep(self.state, self._engines, now)
+        self._rest.look()
+
     @property
     def next_deadline(self) -> float | None:
-        """When a `Tick` is due if nothing else happens; None if never."""
-        state = self.state
-        due = [self._requests.next_timeout(), state.ask_policy_at]
-        if not state.closed and state.shutdown_deadline is None:
-            due.append(state.handover_deadline)
-        if state.switch is not None and state.switch.phase is c.Phase.COOLDOWN:
-            due.append(self._switching.cooled_at(state.switch))
-        if state.switch is not None and state.switch.phase is c.Phase.DRAIN:
-            due.append(self._switching.parks_at(state.switch))
-        for model in state.models.values():
-            due.append(model.deadline)
-            if model.queue:
-                due.append(model.suspect_until or None)
-            elif model.in_flight and model.state is S.AWAKE:
-                due.append(state.shutdown_deadline)
-            elif state.switch is None and not state.mode.manual and not state.ending:
-                due.append(self._switching.idle_until(model))
-        return min((at for at in due if at is not None and at != float("inf")), default=None)
+        """When a `Tick` is due if nothing else happens; None if never. It may find nothing to do."""
+        return self._rest.next_deadline
 
-    def _dispatch(self, event: e.Event, now: float) -> None:
-        if isinstance(event, e.RequestArrived):
-            self._requests.arrived(event, now)
-        elif isinstance(event, e.RequestFinished):
-            self._requests.pump(self._requests.finished(event, now), now)
-        elif isinstance(event, e.RequestBounced):
-            self._requests.pump(self._requests.bounced(event, now), now)
-        elif isinstance(event, e.ClientLeft):
-            self._requests.pump(self._requests.left(event, now), now)
-        elif isinstance(event, e.EngineStarted):
+    def _dispatch(
+        self,
+        event: e.EngineEvent | e.ImageEvent | e.OperatorEvent | e.EndingEvent | e.ResourcesMeasured | e.Tick,
+        now: float,
+    ) -> None:
+        if isinstance(event, e.EngineStarted):
             if self._engines.started(event, now):
                 self._serve_without_switch(event.model, now)
         elif isinstance(event, e.EngineSlept):
@@ -117,6 +111,10 @@ class Switcher:
             self._engines.woke(event, now)
         elif isinstance(event, e.EngineStopped):
             self._engines.stopped(event, now)
+        elif isinstance(event, e.ImageFound):
+            self._engines.image_found(event, now)
+        elif isinstance(event, e.ImageLost):
+            self._engines.image_lost(event, now)
         elif isinstance(event, e.EngineAdopted):
             self._engines.adopted(event, now)
             self._serve_without_switch(event.model, now)
@@ -127,8 +125,8 @@ class Switcher:
                 self._switching.give_up(self.state.models[event.model], event.reason, now)
         elif isinstance(event, e.Tick):
             self._tick(now)
-        elif isinstance(event, e.Probe):
-            self.state.out.append(c.Probed(event.probe, find_stalls(self.state, self.policy, self.next_deadline, now)))
+        elif isinstance(event, e.ResourcesMeasured):
+            self.state.resources = event.resources
         elif isinstance(event, (e.Shutdown, e.HandOver)):
             self._ending.begin(event, now)
         else:
@@ -145,8 +143,7 @@ class Switcher:
         if model is None:
             return
         if model.state is S.FALLING_ASLEEP:
-            model.last_error = f"sleep failed: {event.reason}"
-            self._engines.stop(model, now, model.last_error)
+            self._switching.sleep_failed(model, event.kind, event.reason, now)
         elif model.state is S.STOPPING:
             # Something survives SIGKILL. It is tried again when the deadline of this attempt is over.
             model.last_error = event.reason

@@ -7,7 +7,8 @@ make room. `advance` is called after every event and takes each step that has be
    1.1 cooldown: wait until each victim has been awake for `min_active`, unless the switch is forced.
    1.2 drain: nothing is forwarded to the victims any more; wait for what they have in flight, or park it.
    1.3 sleep: evict the victims; wait until the target fits. A sleep that fails or is overdue becomes a stop.
-   1.4 wake: wake or start the target. If that fails its engine is stopped and its queue is refused.
+   1.4 wake: wake or start the target. One that does not wake is stopped and started from its weights; if a start
+       fails, its engine is stopped and its queue is refused.
    In 1.1 and 1.2 a switch whose target nobody waits for any more is cancelled: nothing has happened yet.
 2. Otherwise the next switch begins: what an operator asked for first, then models whose time-to-live is over,
    then what the policy decides.
@@ -16,11 +17,12 @@ make room. `advance` is called after every event and takes each step that has be
 from __future__ import annotations
 
 from llmuxd.core import commands as c
+from llmuxd.core.choice import BARRED_SECS
 from llmuxd.core.commands import Phase
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.engines import Engines
 from llmuxd.core.events import FailureKind
-from llmuxd.core.eviction import STOP, EvictionPolicy, ProcessStrategy
+from llmuxd.core.eviction import FREES_NOTHING, STOP, EvictionPolicy, ProcessStrategy
 from llmuxd.core.policies.fifo import Fifo
 from llmuxd.core.policy import Decision, Policy, Snapshot, SwitchTo
 from llmuxd.core.requests import Requests
@@ -147,7 +149,7 @@ class Switching:
             return self._end(switch, now, error=f"{target.name} was taken out of the config")
         if target.blocked(now) and not switch.jobs:
             return self._end(switch, now, error=target.last_error)
-        if target.state is S.ASLEEP:
+        if target.state in (S.ASLEEP, S.CHECKPOINTED):
             self._engines.wake(target, now)
         else:
             self._engines.start(target, now)
@@ -169,8 +171,40 @@ class Switching:
             self._engines.stop(model, now, reason)
             switch.phase = Phase.SLEEP
             return
+        if model.state is S.WAKING:
+            self._wake_failed(model, reason, now)
+            return
         self._engines.fail(model, reason, now)
         self.give_up(model, reason, now)
+
+    def _wake_failed(self, model: Model, reason: str, now: float) -> None:
+        """It died in its sleep, or what was saved of it cannot be brought back: the switch goes on, and starts it from
+        its weights."""
+        model.last_error = f"it could not be brought back: {reason}"
+        self._bar(model, now)
+        if model.restoring:
+            # Whoever tried it knows whether the image is to blame, and has put it aside then.
+            model.image = None
+        self._engines.stop(model, now, model.last_error)
+
+    def sleep_failed(self, model: Model, kind: FailureKind, reason: str, now: float) -> None:
+        """The engine of `model` did not fall asleep. It is stopped, but for one that could not be saved, is well, and
+        is in nobody's way."""
+        switch = self._state.switch
+        model.last_error = f"sleep failed: {reason}"
+        self._bar(model, now)
+        if kind is not FailureKind.NOT_CHECKPOINTED or switch is None or switch.target is not None:
+            self._engines.stop(model, now, model.last_error)
+            return
+        self._engines.stayed(model, model.last_error, now)
+        if switch.jobs or model.asleep_by == FREES_NOTHING:
+            # An operator wanted an image of it; or its memory is not free, and then it may as well serve.
+            self._engines.wake(model, now)
+
+    def _bar(self, model: Model, now: float) -> None:
+        """Where the policy is left to be chosen, this one is not chosen again for a while."""
+        assert model.asleep_by is not None
+        model.barred[model.asleep_by] = now + BARRED_SECS
 
     def give_up(self, model: Model, reason: str, now: float) -> None:
         """End the switch to `model`, if there is one, and refuse what waits for it while it is not retried."""
@@ -306,9 +340,17 @@ class Switching:
             return models[job.target].state is S.AWAKE
         return all(
             models[name].state in WITHOUT_PROCESS
-            or (models[name].state is S.ASLEEP and eviction.process is ProcessStrategy.KEEP_RUNNING)
+            or (models[name].state is S.ASLEEP and eviction.process is not ProcessStrategy.STOP)
             for name, eviction in job.victims.items()
         )
+
+    def _shortfall(self, job: Job) -> str:
+        """Why an operator has not got the image that was asked for; empty if there is one, or none was."""
+        for name, eviction in job.victims.items():
+            model = self._state.models[name]
+            if eviction.process is ProcessStrategy.CHECKPOINT and model.state is not S.CHECKPOINTED:
+                return f"{name} was not checkpointed: {model.last_error or _outcome(model)}"
+        return ""
 
     def _wanted(self, switch: Switch) -> bool:
         if switch.target is None or switch.jobs:
@@ -319,7 +361,7 @@ class Switching:
         if model.state is S.AWAKE:
             mode = c.SleepMode.KEEP if model.in_flight else c.SleepMode.WAIT
             self._engines.evict(model, eviction, mode, now)
-        elif model.state is S.ASLEEP and eviction.process is not ProcessStrategy.KEEP_RUNNING:
+        elif model.state is S.ASLEEP and eviction.process is ProcessStrategy.STOP:
             self._engines.stop(model, now)
 
     def _enter_phase(self, switch: Switch, phase: Phase, now: float) -> bool:
@@ -350,6 +392,7 @@ class Switching:
 
     def _end_job(self, job: Job, error: str) -> None:
         state = self._state
+        error = error or self._shortfall(job)
         if error:
             if job.undo_mode is not None and state.mode.pinned == job.target:
                 state.mode = job.undo_mode
@@ -360,6 +403,8 @@ class Switching:
 
 
 def _outcome(model: Model) -> str:
+    if model.state is S.CHECKPOINTED:
+        return f"is checkpointed ({model.image})"
     if model.state is S.ASLEEP:
         return f"is asleep ({model.asleep_by})"
     return "is stopped" if model.state in WITHOUT_PROCESS else f"is {model.state.value}"

@@ -114,19 +114,20 @@ def candidate_of(state: State, model: Model, used: Mapping[str, int] | None = No
     seconds = way_in_secs(model, costs)
     for name, eviction in going.items():
         victim = state.models[name]
-        sleeps = eviction.process is ProcessStrategy.KEEP_RUNNING and victim.can_sleep
+        sleeps = eviction.process is not ProcessStrategy.STOP and victim.can_sleep
         seconds += estimate("sleep" if sleeps else "stop", victim.costs, costs)
     return Candidate(tuple(going), seconds)
 
 
 def way_in_secs(model: Model, costs: Iterable[Costs]) -> float:
     """What it is taken to need to make a model awake that sleeps or has no engine; `costs` are those of all."""
-    return estimate("wake" if model.state is S.ASLEEP else "start", model.costs, costs)
+    back = model.state in (S.ASLEEP, S.CHECKPOINTED)
+    return estimate("wake" if back else "start", model.costs, costs)
 
 
 def oldest_demand(model: Model) -> float | None:
     """Since when the longest wait for the model has lasted: an arrival, or the parking of its requests."""
-    oldest = next(iter(model.queue.values())).arrived if model.queue else None
+    oldest = model.queue.oldest
     if model.parked():
         oldest = model.parked_since if oldest is None else min(oldest, model.parked_since)
     return oldest
@@ -134,6 +135,7 @@ def oldest_demand(model: Model) -> float | None:
 
 def _view(model: Model, now: float, *, parks: bool, candidate: Candidate | None) -> ModelView:
     parked = len(model.in_flight) if model.parked() else 0
+    first = model.queue.first
     return ModelView(
         name=model.name,
         awake=model.state is S.AWAKE,
@@ -141,7 +143,7 @@ def _view(model: Model, now: float, *, parks: bool, candidate: Candidate | None)
         in_flight=len(model.in_flight),
         parked=parked,
         oldest_arrival=oldest_demand(model),
-        waiting_secs=len(model.queue) * now - model.arrivals + parked * (now - model.parked_since),
+        waiting_secs=len(model.queue) * now - model.queue.arrivals + parked * (now - model.parked_since),
         since=model.since,
         last_arrival=model.last_arrival,
         drain_secs=drain_secs(model, now),
@@ -151,6 +153,7 @@ def _view(model: Model, now: float, *, parks: bool, candidate: Candidate | None)
         barren_turns=model.barren_turns,
         arrival_rate=model.rate.at(now),
         priority=model.spec.priority,
+        next_arrival=None if first is None else first.arrived,
         candidate=candidate,
     )
 

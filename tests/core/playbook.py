@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.audit import Auditor
@@ -55,6 +57,8 @@ def short(command: c.Command) -> str | None:
         return f"wake {command.model} {command.eviction}"
     if isinstance(command, c.StopEngine):
         return f"stop {command.model}"
+    if isinstance(command, c.RefuseImage):
+        return f"refuse image {command.model}"
     if isinstance(command, c.JobDone):
         return f"job {command.job} done"
     if isinstance(command, c.JobFailed):
@@ -116,7 +120,7 @@ class Play:
         event = {
             S.STARTING: lambda: e.EngineStarted(name, model.op, **more),
             S.FALLING_ASLEEP: lambda: e.EngineSlept(name, model.op),
-            S.WAKING: lambda: e.EngineWoke(name, model.op),
+            S.WAKING: lambda: e.EngineWoke(name, model.op, **more),
             S.STOPPING: lambda: e.EngineStopped(name, model.op),
         }[model.state]()
         return self.at(now, event)
@@ -144,12 +148,25 @@ class Play:
         assert self.done(now, name) == ["job 1000 done"]
 
 
+class Restless(Switcher):
+    """Looks at everything after every event, as if there were no rest."""
+
+    def handle(self, event: e.Event, now: float) -> list[c.Command]:
+        self._rest.end()
+        return super().handle(event, now)
+
+
 def check_shape(switcher: Switcher) -> None:
     """What must hold after every event, and is too small for an invariant of production."""
     state = switcher.state
-    placed = [id_ for m in state.models.values() for id_ in (*m.queue, *m.in_flight)]
+    placed = [request.id for m in state.models.values() for request in (*m.queue, *m.in_flight.values())]
     assert sorted(placed) == sorted(state.requests), "each request is in exactly one place"
     for model in state.models.values():
         assert (model.deadline is not None) == (model.state in IN_TRANSITION), "exactly a transition has a deadline"
-        asleep = model.state in (S.FALLING_ASLEEP, S.ASLEEP, S.WAKING)
+        waiting = list(model.queue)
+        assert waiting == sorted(waiting, key=lambda r: (-r.priority, r.arrived, r.id)), "the next one comes first"
+        assert model.queue.oldest == min((r.arrived for r in waiting), default=None)
+        assert [model.queue.before(r) for r in waiting] == list(range(len(waiting)))
+        assert model.queue.arrivals == pytest.approx(sum(r.arrived for r in waiting), abs=1e-6)
+        asleep = model.state in (S.FALLING_ASLEEP, S.ASLEEP, S.CHECKPOINTED, S.WAKING)
         assert (model.asleep_by is not None) == asleep

@@ -99,7 +99,7 @@ def forwarded_after_its_end() -> Violation | None:
 def lost_from_its_queue() -> Violation | None:
     play = Play()
     play.ask(0, 1, "a")
-    play.model("a").queue.clear()
+    play.model("a").queue.remove(play.state.requests[1])
     return observe(play, 1)
 
 
@@ -127,6 +127,34 @@ def in_transition_beyond_its_deadline() -> Violation | None:
     play.model("a").deadline = 10.0
     assert observe(play, 15) is None
     return observe(play, 15.1)
+
+
+def crowd() -> Play:
+    """1 is in flight at a, which takes one at a time; 2 and 3 have come after it, 4 is more urgent."""
+    play = Play(spec("a", max_in_flight=1), spec("b"))
+    play.awake("a")
+    play.ask(1, 1, "a")
+    play.ask(2, 2, "a")
+    play.ask(3, 3, "a")
+    play.ask(4, 4, "a", priority=1)
+    return play
+
+
+def forwarded_before_a_more_urgent_one() -> Violation | None:
+    return observe(crowd(), 5, c.Forward(2, "a", 3.0, 0.0))
+
+
+def forwarded_before_one_that_came_earlier() -> Violation | None:
+    play = crowd()
+    assert play.at(5, e.RequestFinished(1)) == ["forward 4"]
+    return observe(play, 5, c.Forward(3, "a", 2.0, 0.0))
+
+
+def forwarded_together_in_the_wrong_order() -> Violation | None:
+    play = crowd()
+    for request in (2, 3, 4):
+        play.model("a").queue.remove(play.state.requests[request])
+    return observe(play, 5, *(c.Forward(request, "a", 1.0, 0.0) for request in (4, 3, 2)))
 
 
 def waiting_for_a_model_that_is_awake() -> Violation | None:
@@ -186,6 +214,9 @@ BROKEN: list[tuple[str, Callable[[], Violation | None], str]] = [
     ("accounts", accepted_and_not_known, "open 1, known 0, placed 0 + 0"),
     ("deadlines", in_transition_without_a_deadline, "a is starting without one"),
     ("deadlines", in_transition_beyond_its_deadline, "a is starting beyond its deadline"),
+    ("order", forwarded_before_a_more_urgent_one, "request 2 is forwarded before request 4"),
+    ("order", forwarded_before_one_that_came_earlier, "request 3 is forwarded before request 2"),
+    ("order", forwarded_together_in_the_wrong_order, "request 3 is forwarded before request 2"),
     ("forwards", waiting_for_a_model_that_is_awake, "1 wait for a, which is awake"),
     ("staleness", another_is_chosen_before_one_that_is_overdue, "c is next, b has waited 2.000 s"),
     ("staleness", nothing_is_chosen_though_one_is_overdue, "b has waited 130.100 s, nothing is switched"),
@@ -227,6 +258,52 @@ def test_the_first_that_is_broken_is_told_and_the_next_observation_begins_anew()
     assert violation is not None
     assert violation.invariant == "forwarded_to_awake"
     assert observe(play, 2) is None
+
+
+class TestAfterARequestOfAnAwakeModel:
+    """The others are as good as they were, and are not looked at."""
+
+    def play(self) -> Play:
+        """a is awake, and 1 in flight at it; b and c have no engine."""
+        play = Play()
+        play.awake("a")
+        assert play.ask(1, 1, "a") == ["forward 1"]
+        return play
+
+    def test_what_is_wrong_with_it_is_found_at_once(self):
+        play = self.play()
+        del play.model("a").in_flight[1]
+        violation = observe(play, 2, event=e.RequestArrived(2, "a"))
+        assert violation is not None
+        assert violation.detail == "open 2, known 1, placed 0 + 0"
+
+    def test_what_is_wrong_with_others_is_found_at_the_next_probe(self):
+        play = self.play()
+        play.model("b").state = S.AWAKE
+        assert play.at(2, e.RequestFinished(1)) == []
+        violation = observe(play, 2.5, event=e.Probe(1))
+        assert violation is not None
+        assert violation.invariant == "memory"
+
+    def test_unless_somebody_waits_for_one_of_them(self):
+        play = idle(Promising())
+        assert observe(play, 131) is None
+        assert play.state.switch is None
+        play.switcher.handle(e.RequestArrived(3, "a"), 131.1)
+        violation = observe(play, 131.1, c.Forward(3, "a", 0.0, 0.0), event=e.RequestArrived(3, "a"))
+        assert violation is not None
+        assert violation.invariant == "staleness"
+
+    def test_or_one_of_them_is_beyond_its_deadline(self):
+        small = Placement({"gpu": 0})
+        play = Play(spec("a", placement=small), spec("b", placement=small))
+        play.awake("a")
+        play.at(1, e.OperatorWake(7, "b"))
+        deadline = play.model("b").deadline
+        play.at(2, e.SetMode(manual=False))
+        violation = observe(play, deadline + 6, c.Forward(3, "a", 0.0, 0.0), event=e.RequestArrived(3, "a"))
+        assert violation is not None
+        assert violation.detail == "b is starting beyond its deadline"
 
 
 class TestNothingIsWrongWhere:

@@ -140,16 +140,40 @@ def test_an_engine_that_dies_as_it_falls_asleep_is_cleaned_up_once():
     assert play.done(3, "a") == ["start b"]
 
 
-def test_a_wake_that_fails_stops_the_engine_and_answers_who_waits():
+def wakes_a_for_b() -> Play:
     play = Play()
     play.asleep("a")
     play.awake("b")
     play.ask(1, 1, "a")
-    play.done(2, "b")
-    assert play.fails(3, "a") == ["stop a", "refuse 1 model_unavailable"]
-    assert c.SwitchEnded(4, "a", ("b",), 2, error="boom") in play.notices()
-    assert play.done(4, "a") == []
-    assert play.ask(5, 2, "b") == ["wake b offload+keep_running"]
+    assert play.done(2, "b") == ["wake a offload+keep_running"]
+    return play
+
+
+@pytest.mark.parametrize("kind", ["died", "refused", "timeout", "lied"])
+def test_an_engine_that_does_not_wake_is_started_anew_for_those_who_wait(kind):
+    play = wakes_a_for_b()
+    assert play.fails(3, "a", "boom", kind) == ["stop a"]
+    assert play.done(4, "a") == ["start a"]
+    assert play.done(5, "a") == ["forward 1"]
+    assert c.SwitchEnded(4, "a", ("b",), 4, error="") in play.notices()
+    assert play.model("a").failures == 0
+
+
+def test_one_that_neither_wakes_nor_starts_is_stopped_and_those_who_wait_are_answered():
+    play = wakes_a_for_b()
+    play.fails(3, "a")
+    play.done(4, "a")
+    assert play.fails(5, "a", "bang") == ["stop a", "refuse 1 model_unavailable"]
+    assert c.SwitchEnded(4, "a", ("b",), 4, error="bang") in play.notices()
+    assert play.done(6, "a") == []
+    assert play.ask(7, 2, "b") == ["wake b offload+keep_running"]
+
+
+def test_the_death_of_an_engine_that_wakes_is_told_by_its_operation():
+    play = wakes_a_for_b()
+    assert play.dies(3, "a") == []
+    assert play.fails(3, "a", "killed", "died") == ["stop a"]
+    assert play.done(4, "a") == ["start a"]
 
 
 def test_out_of_memory_makes_certain_room_and_tries_once_more():
@@ -183,15 +207,15 @@ def test_out_of_memory_without_sleepers_is_a_failure():
 
 
 @pytest.mark.parametrize(
-    ("overdue", "out"),
+    ("overdue", "out", "then"),
     [
-        (S.STARTING, ["stop a", "refuse 1 model_unavailable"]),
-        (S.WAKING, ["stop a", "refuse 1 model_unavailable"]),
-        (S.FALLING_ASLEEP, ["stop a"]),
-        (S.STOPPING, ["stop a"]),
+        (S.STARTING, ["stop a", "refuse 1 model_unavailable"], []),
+        (S.WAKING, ["stop a"], ["start a"]),
+        (S.FALLING_ASLEEP, ["stop a"], ["start b"]),
+        (S.STOPPING, ["stop a"], ["start b"]),
     ],
 )
-def test_no_transition_lasts_for_ever(overdue, out):
+def test_no_transition_lasts_for_ever(overdue, out, then):
     play = Play(
         spec("a", start_timeout=30.0),
         spec("b"),
@@ -214,9 +238,10 @@ def test_no_transition_lasts_for_ever(overdue, out):
     assert play.switcher.next_deadline == 40.0
     assert play.tick(39) == []
     assert play.tick(40) == out
-    assert play.model("a").last_error == f"{overdue.value} for 40 s, which is too long"
-    play.done(41, "a")
-    assert play.model("a").state in (S.NOT_STARTED, S.FAILED)
+    brought_back = "it could not be brought back: " if overdue is S.WAKING else ""
+    assert play.model("a").last_error == f"{brought_back}{overdue.value} for 40 s, which is too long"
+    assert play.done(41, "a") == then
+    assert play.model("a").state in ((S.STARTING,) if overdue is S.WAKING else (S.NOT_STARTED, S.FAILED))
 
 
 def test_an_engine_that_survives_its_stop_is_stopped_again_later():

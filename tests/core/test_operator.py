@@ -7,6 +7,7 @@ import pytest
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
+from llmuxd.core.settings import Placement
 from llmuxd.core.state import IllegalEvent, SwitchMode
 from tests.core.playbook import DISCARD, OFFLOAD, STOP, Play, spec
 
@@ -342,3 +343,25 @@ class TestShutdown:
 def test_unknown_models_are_illegal(event):
     with pytest.raises(IllegalEvent):
         Play(spec("a")).switcher.handle(event, 0)
+
+
+def test_a_model_that_is_idle_for_too_long_waits_behind_an_operator_without_a_stir():
+    """The job cannot begin while an adopted engine starts, and the idle one goes after it: no timer is due meanwhile."""
+    wide = spec("b", placement=Placement({"gpu": 2}))
+    play = Play(spec("a", ttl=3.0), wide, spec("c"), devices={"gpu": 2})
+    play.awake("a")
+    play.at(1, e.EngineAdopted("c", 100, starting=True))
+    assert play.at(2, e.OperatorWake(1, "b")) == []
+    assert play.tick(4) == []
+    deadline = play.switcher.next_deadline
+    assert deadline is not None
+    assert deadline > 4
+
+
+def test_what_is_pinned_does_not_go_for_a_request_whatever_the_mode_says():
+    """The two never differ; if they did, nothing would be begun that cannot come to its end."""
+    play = Play()
+    play.awake("a")
+    play.state.mode = SwitchMode(manual=False, pinned="a")
+    assert play.switcher.handle(e.RequestArrived(1, "b"), 1) == []
+    assert play.state.switch is None

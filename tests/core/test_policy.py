@@ -34,6 +34,7 @@ def view(
         in_flight=in_flight,
         parked=more.pop("parked", 0),
         oldest_arrival=oldest,
+        next_arrival=more.pop("next_arrival", oldest),
         waiting_secs=waiting,
         since=since,
         last_arrival=more.pop("last_arrival", float("-inf")),

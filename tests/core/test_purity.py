@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llmuxd.core
 
-ALLOWED = {"__future__", "collections.abc", "dataclasses", "enum", "heapq", "math", "typing"}
+ALLOWED = {"__future__", "bisect", "collections.abc", "dataclasses", "enum", "heapq", "math", "typing"}
 
 
 def test_the_core_imports_nothing_that_could_act_wait_or_look():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState as S
-from llmuxd.core.policies import Tenure, TimeSlice
+from llmuxd.core.policies import Tenure
 from llmuxd.core.policy import Decision, Snapshot, Stay
 from llmuxd.core.selfcheck import find_stalls
-from llmuxd.core.settings import InFlight
+from llmuxd.core.settings import InFlight, Placement
 from tests.core.playbook import Play, spec
 
 
@@ -92,11 +92,8 @@ class TestAllIsWell:
         assert probe(play, 10) == ()
 
     def test_whatever_a_policy_without_a_bound_does(self):
-        play = Play(policy=TimeSlice(), request_timeout=10000.0)
-        play.awake("a")
-        play.ask(1, 1, "a")
-        play.ask(1, 2, "b")
-        play.state.ask_policy_at = 5000.0
+        play = Play(policy=Modest(), request_timeout=10000.0)
+        play.ask(1, 1, "b")
         assert probe(play, 4000) == ()
 
     def test_while_a_failure_is_waited_out(self):
@@ -126,6 +123,13 @@ class Lazy:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         return Stay()
+
+
+class Modest(Lazy):
+    """Does not even promise it."""
+
+    def bound(self, typical_switch_secs: float) -> float | None:
+        return None
 
 
 class TestAStallIsFoundWhere:
@@ -174,6 +178,23 @@ class TestAStallIsFoundWhere:
         assert reasons(play, 200) == {"b": "policy lazy passes it over"}, "c waits for b"
         play.ask(10, 4, "a")
         assert reasons(play, 200) == {}, "and b for what came to a before it was overdue"
+
+    def test_a_policy_passes_one_over_that_only_a_sleeper_is_in_the_way_of(self):
+        large = Placement({"gpu": 2}, asleep={"gpu": 1})
+        play = Play(
+            spec("a", placement=large),
+            spec("b", placement=large),
+            policy=Lazy(),
+            devices={"gpu": 2},
+            request_timeout=1e4,
+        )
+        play.at(0, e.OperatorWake(7, "a"))
+        play.done(0, "a")
+        play.at(0, e.OperatorSleep(8, "a"))
+        play.done(0, "a")
+        play.ask(0, 1, "b")
+        assert reasons(play, 130) == {}
+        assert reasons(play, 131) == {"b": "policy lazy passes it over"}
 
 
 class Unbound(Lazy):

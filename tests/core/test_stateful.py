@@ -8,14 +8,12 @@ LLMUX_EXAMPLES=20000 in the environment it plays so many others.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from llmuxd.core import commands as c
@@ -24,12 +22,11 @@ from llmuxd.core.audit import Auditor
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.policies import POLICIES
 from llmuxd.core.policy import Policy, PolicyParameters
+from llmuxd.core.queue import Request
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
-from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, IllegalEvent, Model, Request
+from llmuxd.core.state import IN_TRANSITION, WITHOUT_PROCESS, IllegalEvent, Model
 from llmuxd.core.switcher import Switcher
-from tests.core.playbook import DISCARD, OFFLOAD, RETAIN, STOP, check_shape, spec
-
-set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), "llmux-hypothesis"))
+from tests.core.playbook import DISCARD, OFFLOAD, RETAIN, STOP, Restless, check_shape, spec
 
 EVICTIONS = (OFFLOAD, DISCARD, RETAIN, STOP)
 ANSWER_SECS = 3.0
@@ -99,6 +96,7 @@ class World(RuleBasedStateMachine):
         self.evictions = {spec.name: spec.eviction for spec in self.specs}
         self.bounds, self.policy = bounds, policy
         self.switcher = Switcher(self.specs, devices, bounds, policy, 0.0)
+        self.restless = Restless(self.specs, devices, bounds, policy, 0.0)
         self.auditor = Auditor(self.switcher)
         for number, (model, how) in enumerate(zip(self.specs, found, strict=False)):
             if how is not None:
@@ -115,6 +113,7 @@ class World(RuleBasedStateMachine):
         violation = self.auditor.observe(event, commands, self.now)
         assert violation is None, str(violation)
         check_shape(self.switcher)
+        self.compare(self.restless.handle(event, self.now), commands)
         for command in commands:
             assert not isinstance(command, c.PolicyFailed), command
             if isinstance(command, (c.JobDone, c.JobFailed)):
@@ -123,6 +122,13 @@ class World(RuleBasedStateMachine):
         deadline = self.switcher.next_deadline
         if isinstance(event, e.Tick):
             assert deadline is None or deadline > self.now, "a tick leaves no timer that is due"
+
+    def compare(self, expected: list[c.Command], commands: list[c.Command]) -> None:
+        """With what comes of it if everything is looked at after every event."""
+        assert commands == expected
+        deadline, latest = self.switcher.next_deadline, self.restless.next_deadline
+        assert latest is None or (deadline is not None and deadline <= latest), "no deadline is missed"
+        assert self.switcher.state == self.restless.state
 
     def refused(self, event: e.Event) -> None:
         before = repr(self.switcher.state)
@@ -164,12 +170,17 @@ class World(RuleBasedStateMachine):
 
     # Clients
 
-    @rule(pick=picks, patient=st.booleans(), several=st.sampled_from([1, 1, 3]))
-    def a_request_comes(self, pick: int, patient: bool, several: int) -> None:
+    @rule(
+        pick=picks,
+        patient=st.booleans(),
+        most_wait=st.sampled_from([None, None, 0.0, 3.0]),
+        priorities=st.sampled_from([(0,), (0,), (0, 0, 0), (0, 9, -9), (9, 0, 9)]),
+    )
+    def requests_come(self, pick: int, patient: bool, most_wait: float | None, priorities: Sequence[int]) -> None:
         model = self.models[pick % len(self.models)]
-        for _ in range(several):
+        for priority in priorities:
             if model.name in self.switcher.state.models:
-                self.feed(e.RequestArrived(self.next(), model.name, patient))
+                self.feed(e.RequestArrived(self.next(), model.name, patient, most_wait, priority))
 
     @precondition(lambda self: self.in_flight)
     @rule(pick=picks, ok=st.sampled_from([True, True, False]))
@@ -290,6 +301,12 @@ class World(RuleBasedStateMachine):
     def the_next_timer_rings(self) -> None:
         self.pass_time(max(self.now, self.switcher.next_deadline or 0.0))
 
+    @precondition(lambda self: self.switcher.next_deadline is not None)
+    @rule()
+    def the_next_timer_is_late(self) -> None:
+        """Something else happens before it rings."""
+        self.now = max(self.now, (self.switcher.next_deadline or 0.0) + 0.5)
+
     @rule(secs=st.sampled_from([1.0, 100.0]))
     def the_machine_is_suspended(self, secs: float) -> None:
         self.now += secs
@@ -325,7 +342,7 @@ class World(RuleBasedStateMachine):
         if model.state is not S.NOT_STARTED:
             impossible.append(e.EngineAdopted(name, op + 1))
         impossible += [e.RequestArrived(id_, name) for id_ in list(self.switcher.state.requests)[:1]]
-        impossible += [e.RequestFinished(id_) for id_ in list(model.queue)[:1]]
+        impossible += [e.RequestFinished(id_) for id_ in [request.id for request in model.queue][:1]]
         self.refused(impossible[what % len(impossible)])
 
     @rule()

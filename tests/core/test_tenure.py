@@ -236,6 +236,10 @@ class TestRequestsQueuedAtAFullEngine:
         assert decide(80.0, awake(4, queued=2, oldest=75.0), late) == Stay(), "asked again when they are through"
         assert decide(80.0, awake(4, queued=2, oldest=76.0), late) == SwitchTo("b", drain_secs=2.0)
 
+    def test_of_which_urgent_ones_that_keep_coming_make_no_more(self):
+        full = awake(4, queued=2, oldest=60.0, next_arrival=76.0)
+        assert decide(80.0, full, waits(oldest=1.0)) == SwitchTo("b", drain_secs=2.0)
+
 
 class TestTimeToFinish:
     def test_is_given_if_it_is_enough(self):

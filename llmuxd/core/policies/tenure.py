@@ -45,7 +45,8 @@ class Tenure:
        requests and weighed by its priority, is next; a request that has seen nothing yet counts `queued_costs` x C
        more, a parked one `paused_costs` x C.
     3. A model that has requests queued at a full engine (`max_in_flight`) is left alone: each of them would have to
-       wait for two switches. Only those that came after a candidate became overdue do not count any more.
+       wait for two switches. Only when the next of them came after a candidate became overdue they do not count any
+       more: urgent ones that keep coming, in front of older ones, would keep the candidate waiting as well.
     4. Before what is in flight is parked, it is given `finish_costs` x C if it will be answered within that; and
        `door_answers` x A, nothing new being forwarded, if those in flight would be away (C for each model that waits)
        for longer, summed, than `door_weight` x A for each request that waits elsewhere (`parked_weight` for a parked
@@ -151,7 +152,7 @@ class Tenure:
         ready = snapshot.now
         stays = 0.0
         for victim in snapshot.victims(candidate):
-            if victim.queued and (victim.oldest_arrival or 0.0) < overdue_at:
+            if victim.queued and (victim.next_arrival or 0.0) < overdue_at:
                 return math.inf if overdue else overdue_at
             ready = max(ready, victim.since + snapshot.min_active)
             if victim.in_flight or victim.queued:
