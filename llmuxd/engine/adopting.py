@@ -10,7 +10,7 @@ import asyncio
 
 from llmuxd.core.engine_state import EngineState as S
 from llmuxd.core.events import FailureKind
-from llmuxd.core.eviction import EvictionPolicy, WeightStrategy
+from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.engine.api import Health, VllmApi
 from llmuxd.engine.errors import EngineError
 
@@ -36,6 +36,8 @@ async def state_of(api: VllmApi, was: S, asleep_by: EvictionPolicy | None, *, ca
         raise EngineError(FailureKind.DIED, "it was being stopped")
     if not can_sleep:
         return S.AWAKE
+    if asleep_by is not None and asleep_by.process is ProcessStrategy.CHECKPOINT:
+        raise EngineError(FailureKind.DIED, "it was being saved to an image, or restored")
     if asleep_by is not None and asleep_by.weights is WeightStrategy.RETAIN and not can_park:
         # An old vLLM has no level 0: it sleeps by our word alone.
         return S.ASLEEP if was in (S.ASLEEP, S.FALLING_ASLEEP) else S.AWAKE

@@ -38,6 +38,10 @@ WARMUPS: Mapping[str, Mapping[str, Any]] = {
 """The smallest inference of each kind of model, in the order in which they are tried."""
 
 
+CERTAIN: Mapping[str, Any] = {"max_tokens": 16, "temperature": 0, "seed": 0}
+"""Of a generation: the likeliest token each time."""
+
+
 class Health(Enum):
     """What GET /health says."""
 
@@ -122,7 +126,11 @@ class VllmApi:
 
     async def reload_weights(self) -> None:
         """Read the weights again, which a sleep at level 2 has discarded."""
-        await self._post("/collective_rpc", {}, {"method": "reload_weights"})
+        await self.collective_rpc("reload_weights")
+
+    async def collective_rpc(self, method: str) -> None:
+        """Have every rank call a method of its worker. Raises EngineError if there is none of that name."""
+        await self._post("/collective_rpc", {}, {"method": method})
 
     async def verify_sleeping(self, expected: bool) -> None:
         """See that /is_sleeping says so and /health is well. Raises EngineError of kind LIED if not."""
@@ -140,14 +148,27 @@ class VllmApi:
 
     async def infer(self) -> None:
         """One inference of the kind that the model can do; the answer is thrown away."""
+        await self._ask({})
+
+    async def answer(self) -> str:
+        """What it answers to always the same question, as certainly as it can: two that differ tell that the model is
+        not what it was."""
+        text = await self._ask(CERTAIN)
+        try:
+            return said(text)
+        except (ValueError, AttributeError, TypeError):
+            raise EngineError(FailureKind.REFUSED, f"it answers what no inference answers: {text[:80]!r}") from None
+
+    async def _ask(self, further: Mapping[str, Any]) -> str:
         offered = await self._paths()
         answers = []
         for path, body in WARMUPS.items():
             if offered is not None and path not in offered:
                 continue
-            status, text = await self._call("POST", path, body={"model": self._model, **body})
+            more = further if "max_tokens" in body else {}
+            status, text = await self._call("POST", path, body={"model": self._model, **body, **more})
             if status == 200:
-                return
+                return text
             if status not in _NOT_OFFERED:
                 raise _refusal(path, status, text)
             answers.append(f"{path} answered {status}: {_message(text)}")
@@ -211,10 +232,33 @@ class VllmApi:
             raise EngineError(FailureKind.REFUSED, f"{path}: the engine was let go") from error
 
 
+def said(text: str) -> str:
+    """What an answer says, without what differs between two that say the same: ids, times, counts."""
+    answer = json.loads(text)
+    for key in ("choices", "data"):
+        if isinstance(answer, dict) and isinstance(answer.get(key), list):
+            return json.dumps([_content(part) for part in answer[key]])
+    return text
+
+
+def _content(part: Mapping[str, Any]) -> Any:
+    """A choice's text or message, or an entry's data."""
+    for key in ("text", "embedding", "data", "probs"):
+        if key in part:
+            return part[key]
+    message = part.get("message")
+    return message.get("content") if isinstance(message, dict) else part
+
+
 def can_park(version: str | None) -> bool:
     """Whether this vLLM takes `mode` on /sleep. One whose version says nothing is taken not to."""
+    return is_at_least(version, _PARK_SINCE)
+
+
+def is_at_least(version: str | None, since: tuple[int, int]) -> bool:
+    """Whether a version is this one, or newer. One that says nothing is taken to be older."""
     match = re.match(r"(\d+)\.(\d+)", version or "")
-    return match is not None and (int(match[1]), int(match[2])) >= _PARK_SINCE
+    return match is not None and (int(match[1]), int(match[2])) >= since
 
 
 def _refusal(call: str, status: int, text: str) -> EngineError:

@@ -1,58 +1,47 @@
 """The engine of one model: start, sleep, wake, infer, stop, and the word when it dies unasked.
 
-An `Engine` can be started again and again; each start makes an incarnation. What to call when is the core's to
-decide, and it calls one operation at a time: only `stop` may come while another one is under way. How an engine of an
-earlier daemon is found again is in `adopting`.
+This is the whole of an engine to those outside. How it lives and ends as processes is in `lifecycle`; how vLLM is told
+to sleep in `sleeping`, what is saved of a process in `images`, how an engine is found that an earlier daemon has left
+in `adopting`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import os
-import shutil
-from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Any, TypeVar
+import threading
+import time
 
 from llmuxd.core.engine_state import EngineState
 from llmuxd.core.events import FailureKind
-from llmuxd.core.eviction import EvictionPolicy, WeightStrategy
+from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy
 from llmuxd.engine.adopting import state_of
-from llmuxd.engine.api import Health, Suspect, VllmApi, can_park
-from llmuxd.engine.cgroup import Cgroup
-from llmuxd.engine.errors import EngineError, log_says_out_of_memory
-from llmuxd.engine.logtail import tail_lines
-from llmuxd.engine.process import EngineProcess
+from llmuxd.engine.api import Health
+from llmuxd.engine.claim import claim
+from llmuxd.engine.cuda import CudaState
+from llmuxd.engine.device_memory import used_mib
+from llmuxd.engine.errors import EngineError
+from llmuxd.engine.images import Image, Images
+from llmuxd.engine.lifecycle import READY_POLL_SECS, READY_TIMEOUT_SECS, Lifecycle, api_of, check_alive
+from llmuxd.engine.manifest import Subject
+from llmuxd.engine.process import EngineProcess, kill_marked
 from llmuxd.engine.proctable import arguments
-from llmuxd.engine.record import EngineRecord, fingerprint
+from llmuxd.engine.record import EngineRecord
 from llmuxd.engine.run import EngineInfo, Run
-from llmuxd.engine.spec import Endpoint, EngineSpec, api_key, build_argv, build_env, make_private_folder
-from llmuxd.engine.watch import Watch
+from llmuxd.engine.sleeping import cut_ties, pids_of, resume, sleep_weights, suspend, tie_again, wake_weights
+from llmuxd.engine.spec import TOKEN_ENV, make_private_folder
 from llmuxd.tasks import finish, poll
 
-READY_POLL_SECS = 0.02
-READY_TIMEOUT_SECS = 5.0
 ADOPT_SECS = 120.0
 """How long an engine that was found may take to show what it is. Nobody is served meanwhile."""
 
-SHOWN_LOG_LINES = 15
-
-_SEARCHED_LOG_LINES = 200
-_STOP_POLL_SECS = 0.02
-_CHILDREN_GRACE_SECS = 1.0
-_DEATH_CERTAIN_SECS = 1.5
-_CLAIM_TIMEOUT_SECS = 1.0
-
-_LEVELS = {WeightStrategy.RETAIN: 0, WeightStrategy.OFFLOAD: 1, WeightStrategy.DISCARD: 2}
-
-T = TypeVar("T")
+_CRIU_MARGIN_SECS = 5.0
+"""What the end of a program that ran out of time takes."""
 
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(Lifecycle):
     """The vLLM process of one model. All methods are called in one event loop.
 
     `on_death(incarnation, reason)` is called at most once per incarnation, for a death after `start` has returned
@@ -60,80 +49,222 @@ class Engine:
     until `stop` is called. `on_change` is called when `record` says something new.
     """
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        on_death: Callable[[int, str], None],
-        on_change: Callable[[], None] = lambda: None,
-        cgroup: Cgroup | None = None,
-    ) -> None:
-        self.spec = spec
-        """What the next start is made from; a new config may change it at any time."""
-        self.info: EngineInfo | None = None
-        self._on_death = on_death
-        self._on_change = on_change
-        self._cgroup = cgroup
-        self._run: Run | None = None
+    # Sleeping
 
-    @property
-    def endpoint(self) -> Endpoint:
-        """Of the engine that there is, or of the next one."""
-        return self._running_spec.endpoint
+    async def sleep(self, eviction: EvictionPolicy, mode: str, timeout: float) -> None:
+        """Put the engine to sleep by `eviction`, weights and process, and see that it sleeps, or is saved and gone.
 
-    @property
-    def log_path(self) -> Path:
-        return self._running_spec.log_path
-
-    @property
-    def _running_spec(self) -> EngineSpec:
-        return self.spec if self._run is None else self._run.spec
-
-    @property
-    def outdated(self) -> bool:
-        """Whether there is an engine, and it was started from something else than the next one would be."""
-        return self._run is not None and self._run.fingerprint != fingerprint(self.spec)
-
-    @property
-    def over(self) -> str:
-        """Why the engine that there is can do nothing any more: it died, or is being stopped; else empty."""
-        return self._run.over.result() if self._run is not None and self._run.over.done() else ""
-
-    @property
-    def pid(self) -> int | None:
-        """The pid of the API server; None when there is none."""
-        return None if self.process is None else self.process.pid
-
-    async def start(self, incarnation: int, timeout: float) -> EngineInfo:
-        """Start the process and wait, for at most `timeout` seconds, until it answers /health.
-
-        On failure or cancellation everything of it is gone before this raises. Raises EngineError: SPAWN if the
-        command cannot be executed or its address is taken, DIED (or OUT_OF_MEMORY) with the end of its log,
-        TIMEOUT; RuntimeError if the engine has been started and not stopped.
+        `mode` (wait, keep or abort) says what becomes of requests in flight. Raises EngineError: of kind
+        NOT_CHECKPOINTED if it could not be saved, and sleeps as its weights were told to; after any other, and after a
+        cancellation or a timeout, what vLLM is doing is not known: nothing but `stop` may follow.
         """
-        if self._run is not None:
-            raise RuntimeError(f"the engine of {self.spec.name} is running; stop it first")
-        run = self._run = Run(
-            incarnation, self.spec, fingerprint(self.spec), asyncio.get_running_loop().create_future()
-        )
-        return await self._bring_up(run, timeout, spawn=True)
+        run, info = self._running()
+        api = api_of(run)
 
-    async def _bring_up(self, run: Run, timeout: float, *, spawn: bool) -> EngineInfo:
+        async def put_to_sleep() -> None:
+            await sleep_weights(api, info, eviction.weights, mode)
+            if eviction.process is not ProcessStrategy.KEEP_RUNNING:
+                await cut_ties(api, info, run.spec)
+            if eviction.process is ProcessStrategy.CUDA_SUSPEND:
+                assert run.process is not None
+                run.suspended = True
+                await suspend(run.process, self.tools.cuda, timeout)
+
+        began = time.monotonic()
+        await self._operate(run, put_to_sleep(), timeout, "sleep")
+        if eviction.process is ProcessStrategy.CHECKPOINT:
+            await self._save(run, info, eviction, timeout - (time.monotonic() - began))
+
+    async def wake(self, eviction: EvictionPolicy, timeout: float) -> None:
+        """Undo `sleep(eviction)`, and see that the engine is awake; for one that was saved, see `restore`.
+
+        Raises EngineError; the same holds as for `sleep`: nothing but `stop` may follow.
+        """
+        run, info = self._running()
+        await self._operate(run, self._wake_up(run, info, eviction, timeout), timeout, "wake")
+        # Its death is not news while it wakes: whoever asked for that is told here, at the very end.
+        check_alive(run)
+
+    async def _wake_up(self, run: Run, info: EngineInfo, eviction: EvictionPolicy, timeout: float) -> None:
+        api = api_of(run)
+        if eviction.process is ProcessStrategy.CUDA_SUSPEND:
+            assert run.process is not None
+            await resume(run.process, self.tools.cuda, timeout)
+            run.suspended = False
+        if eviction.process is not ProcessStrategy.KEEP_RUNNING:
+            await tie_again(api, info, run.spec)
+        await wake_weights(api, info, eviction.weights)
+
+    async def infer(self, timeout: float) -> None:
+        """One small inference: what vLLM does lazily is done before the first client. Raises EngineError."""
+        run, _ = self._running()
+        await self._operate(run, api_of(run).infer(), timeout, "inference")
+
+    async def answer(self, timeout: float) -> str:
+        """What it answers to always the same question; see `VllmApi.answer`. Raises EngineError."""
+        run, _ = self._running()
+        return await self._operate(run, api_of(run).answer(), timeout, "answer")
+
+    async def device_mib(self) -> int | None:
+        """Device memory that its processes hold; None where that cannot be measured."""
+        process = self.process
+        return await used_mib([] if process is None else await pids_of(process))
+
+    # Saving it, and bringing it back
+
+    async def _save(self, run: Run, info: EngineInfo, eviction: EvictionPolicy, timeout: float) -> None:
+        """Write the engine to an image; everything of it is gone then."""
+        process = run.process
+        assert process is not None
+        assert run.watch is not None
+        # A connection that somebody has to the engine cannot be saved. And its end is no death from here on.
+        self.tools.before_saving()
+        await run.watch.close()
+        subject = self._subject(run, info, eviction)
         try:
-            if spawn:
-                await self._claim_endpoint()
-                run.claimed = True
-                self._spawn(run)
-            info = await self._until_over(run, self._become_ready(run), timeout, "start")
-            if run.over.done():
-                raise EngineError(FailureKind.DIED, run.over.result())
+            saving = self._images.dump(await pids_of(process), subject, timeout, self.tools.tell)
+            image = await self._until_over(run, saving, timeout + _CRIU_MARGIN_SECS, "checkpoint")
         except BaseException as error:
-            failure = self._explain_start(run, error) if isinstance(error, EngineError) else error
-            await finish(self._abandon(run), f"clean up {self.spec.name}")
+            before = api_of(run)
+            self._watch(run, process)
+            run.watch.serving()
+            await before.close()
+            if isinstance(error, EngineError) and error.kind is FailureKind.NOT_CHECKPOINTED:
+                # It goes on as an engine that only sleeps, and nothing was undone of that kind yet.
+                await self._operate(run, tie_again(api_of(run), info, run.spec), timeout, "rebuilding its ties")
+            raise
+        self.last_image = image
+        await finish(self._gone(run, process), f"clean up {self.spec.name}")
+
+    async def _gone(self, run: Run, process: EngineProcess) -> None:
+        await self._kill(process)
+        await self._clean_up(run)
+
+    def _subject(self, run: Run, info: EngineInfo, eviction: EvictionPolicy) -> Subject:
+        process = run.process
+        assert process is not None
+        return Subject.of(run.spec, run.fingerprint, info, eviction.weights, process.pid, process.token)
+
+    async def restore(self, incarnation: int, timeout: float) -> bool:
+        """Bring the engine back from its newest image that works, and wake it; those that do not are put aside.
+
+        Returns whether the image is there for another time. Raises EngineError if none of them works: everything of
+        the engine is gone then, as after a cancellation.
+        """
+        images, began = self._images, time.monotonic()
+        problems: list[str] = []
+        # If it takes longer, there is time for the local one.
+        await self.tools.fetch(await self.image(), timeout / 2)
+        while (image := await asyncio.to_thread(images.newest)) is not None:
+            try:
+                rest = timeout - (time.monotonic() - began)
+                return await self._bring_back(image, incarnation, rest)
+            except EngineError as error:
+                problems.append(f"image {image.generation}: {error.reason}")
+                log.warning("%s: %s", self.spec.name, problems[-1])
+                if error.kind is not FailureKind.REFUSED:
+                    raise  # The image is not to blame.
+                images.refuse(image, error.reason)
+        self.last_image = None
+        raise EngineError(FailureKind.REFUSED, "; ".join(problems) or "there is no image any more")
+
+    async def _bring_back(self, image: Image, incarnation: int, timeout: float) -> bool:
+        run = self._new_run(incarnation)
+        try:
+            await self._until_over(run, self._restore(run, image, timeout), timeout + _CRIU_MARGIN_SECS, "restore")
+            check_alive(run)
+        except BaseException as error:
+            failure = self._explain_restore(run, error) if isinstance(error, EngineError) else error
+            await finish(self._abandon_restored(run, image), f"clean up {self.spec.name}")
             raise failure from None
         run.ready = True
-        self.info = info
         self._on_change()
-        return info
+        await self._images.confirm(image)
+        if run.over.done():
+            await finish(self._abandon_restored(run, image), f"clean up {self.spec.name}")
+            raise EngineError(FailureKind.REFUSED, f"it died as soon as it was awake: {run.over.result()}")
+        self.last_image = image if self._images.keep else None
+        return self._images.keep
+
+    async def _restore(self, run: Run, image: Image, timeout: float) -> None:
+        images, spec = self._images, run.spec
+        await claim(spec.endpoint)
+        run.claimed = True
+        make_private_folder(spec.rpc_dir)
+        given_up = threading.Event()
+        try:
+            objection = await asyncio.to_thread(images.objections, image, spec, run.fingerprint, given_up)
+        finally:
+            given_up.set()
+        if objection:
+            raise EngineError(FailureKind.REFUSED, objection)
+        group = self._cgroup
+        log_start = spec.log_path.stat().st_size if spec.log_path.exists() else 0
+        pid = await images.restore(image, timeout, lambda criu: group is not None and group.enter(criu))
+        process = run.process = EngineProcess.restored(pid, image.subject.token, log_start, group)
+        self._watch(run, process)
+        api, watch = api_of(run), run.watch
+        assert watch is not None
+
+        async def answers() -> bool:
+            return await api.health(READY_TIMEOUT_SECS) is Health.OK
+
+        await poll(answers, READY_POLL_SECS)
+        watch.serving()
+        await asyncio.to_thread(process.note_shared_memory)
+        subject = image.subject
+        self.info = EngineInfo(
+            process.pid, process.create_time, subject.vllm_version, subject.can_park, subject.can_sleep
+        )
+        await self._wake_up(run, self.info, image.eviction, timeout)
+
+    def _explain_restore(self, run: Run, error: EngineError) -> EngineError:
+        """The error of a failed restore. What came back and does not wake is to blame for that, if memory is not."""
+        explained = self._explain_start(run, error)
+        came_back = run.process is not None and run.stop_task is None
+        if came_back and explained.kind is not FailureKind.OUT_OF_MEMORY:
+            return EngineError(FailureKind.REFUSED, explained.reason)
+        return explained
+
+    async def _abandon_restored(self, run: Run, image: Image) -> None:
+        if run.process is None:
+            # What came of it so far has no number that is known, but its mark.
+            mark = f"{TOKEN_ENV}={image.subject.token}\0".encode()
+            groups = [] if self._cgroup is None else [self._cgroup]
+            await asyncio.to_thread(kill_marked, mark, groups, ())
+        await self._abandon(run)
+
+    def refuse_image(self, reason: str) -> None:
+        """Put the newest image aside: no engine that is worth anything comes of it."""
+        image, self.last_image = self._images.newest(), None
+        if image is not None:
+            log.warning("%s: image %s is put aside: %s", self.spec.name, image.generation, reason)
+            self._images.refuse(image, reason)
+
+    async def image(self) -> Image | None:
+        """The one that the engine would be restored from; None if there is none."""
+        images = self.tools.images
+        self.last_image = None if images is None else await asyncio.to_thread(images.newest)
+        return self.last_image
+
+    async def tidy_images(self) -> None:
+        """Remove what an earlier daemon has left half done. Nothing may be under way."""
+        if self.tools.images is not None:
+            try:
+                await asyncio.to_thread(self.tools.images.clean, fetched=False)
+            except OSError as error:
+                log.warning("%s: %s cannot be tidied: %s", self.spec.name, self.tools.images.folder, error)
+
+    def made(self, image: Image) -> bool:
+        """Whether the image is one of its own, and not one that it was given."""
+        return self.tools.images is not None and self.tools.images.is_own(image)
+
+    @property
+    def _images(self) -> Images:
+        """Raises EngineError if there is no place for any."""
+        if self.tools.images is None:
+            raise EngineError(FailureKind.NOT_CHECKPOINTED, "there is no folder for images")
+        return self.tools.images
 
     # Finding it again
 
@@ -160,14 +291,18 @@ class Engine:
         Raises EngineError if it is not fit for use.
         """
         run, info = self._running()
-        looking = state_of(_api(run), was, asleep_by, can_park=info.can_park, can_sleep=info.can_sleep)
+        if asleep_by is not None and asleep_by.process is ProcessStrategy.CUDA_SUSPEND:
+            suspended = await self._find_suspended(run, was)
+            if suspended is not None:
+                return suspended
+        looking = state_of(api_of(run), was, asleep_by, can_park=info.can_park, can_sleep=info.can_sleep)
         state = await self._until_over(run, looking, ADOPT_SECS, "a look at it")
         assert run.watch is not None
         if state is EngineState.STARTING:
             return state
         if was is EngineState.STARTING:
             self.info = await self._until_over(run, self._become_ready(run), ADOPT_SECS, "a look at it")
-            if self.info.can_sleep and await _api(run).is_sleeping():
+            if self.info.can_sleep and await api_of(run).is_sleeping():
                 # Where the disk was full, the record is older than its sleep.
                 raise EngineError(FailureKind.LIED, "it sleeps, and nobody knows by which level")
         else:
@@ -175,15 +310,28 @@ class Engine:
         run.ready = True
         return state
 
+    async def _find_suspended(self, run: Run, was: EngineState) -> EngineState | None:
+        """ASLEEP if its processes are suspended: such an engine cannot be asked. None if they run.
+
+        Raises EngineError if it is something in between.
+        """
+        assert run.process is not None
+        assert run.watch is not None
+        state = await self.tools.cuda.state(await pids_of(run.process))
+        if state in (CudaState.RUNNING, CudaState.NONE):
+            if was is EngineState.AWAKE:
+                return None
+            raise EngineError(FailureKind.LIED, "its processes were suspended, or about to be, and run")
+        if state is CudaState.MIXED or was is not EngineState.ASLEEP:
+            raise EngineError(FailureKind.LIED, f"it was {was.value}, and its processes are {state.value}")
+        run.suspended = run.ready = True
+        run.watch.serving()
+        return EngineState.ASLEEP
+
     async def go_on(self, timeout: float) -> EngineInfo:
         """`start` of an engine that was adopted while it starts: what is left of it."""
         run, _ = self._running()
         return await self._bring_up(run, timeout, spawn=False)
-
-    @property
-    def process(self) -> EngineProcess | None:
-        """The engine as processes; None when there is none."""
-        return None if self._run is None else self._run.process
 
     def record(self) -> EngineRecord | None:
         """What a later daemon has to know to find this engine again; None while there is none."""
@@ -211,277 +359,3 @@ class Engine:
             can_sleep=info is not None and info.can_sleep,
             version=None if info is None else info.version,
         )
-
-    async def sleep(self, eviction: EvictionPolicy, mode: str, timeout: float) -> None:
-        """Put the engine to sleep by the weights of `eviction`, and see that it sleeps.
-
-        `mode` (wait, keep or abort) says what becomes of requests in flight; a vLLM that cannot park knows none
-        and aborts them. The process of `eviction` is the caller's. Raises EngineError; after that, and after a
-        cancellation or a timeout, what vLLM is doing is not known: nothing but `stop` may follow.
-        """
-        run, info = self._running()
-        if not info.can_sleep:
-            raise EngineError(FailureKind.REFUSED, "it has no /sleep (VLLM_SERVER_DEV_MODE does not work)")
-        if not info.can_park and eviction.weights is WeightStrategy.RETAIN:
-            # Before 0.17 there is no level 0: as a level that is neither 1 nor 2 it would drop the weights.
-            return
-        api = _api(run)
-
-        async def put_to_sleep() -> None:
-            await api.sleep(_LEVELS[eviction.weights], mode if info.can_park else None)
-            await api.verify_sleeping(True)
-
-        await self._operate(run, put_to_sleep(), timeout, "sleep")
-
-    async def wake(self, eviction: EvictionPolicy, timeout: float) -> None:
-        """Undo `sleep(eviction)`, and see that the engine is awake.
-
-        Raises EngineError; the same holds as for `sleep`: nothing but `stop` may follow.
-        """
-        run, info = self._running()
-        if not info.can_park and eviction.weights is WeightStrategy.RETAIN:
-            return
-        api = _api(run)
-
-        async def wake_up() -> None:
-            if eviction.weights is WeightStrategy.DISCARD:
-                # Scheduling resumes when the last part is back, and must not before the weights are read again.
-                await api.wake("weights")
-                await api.reload_weights()
-                await api.wake("kv_cache")
-            else:
-                await api.wake()
-            await api.verify_sleeping(False)
-
-        await self._operate(run, wake_up(), timeout, "wake")
-
-    async def infer(self, timeout: float) -> None:
-        """One small inference: what vLLM does lazily is done before the first client. Raises EngineError."""
-        run, _ = self._running()
-        await self._operate(run, _api(run).infer(), timeout, "inference")
-
-    async def stop(self, grace: float) -> None:
-        """Ask the API server to end, wait `grace` seconds, kill the whole tree, and remove what it left behind.
-
-        Works in any state, and does nothing if there is no engine. Calls at the same time share one stop, and the
-        shortest grace counts. Cancelling a call does not cancel the stop. Raises EngineError if a process
-        survives SIGKILL; `stop` can then be called again.
-        """
-        run = self._run
-        if run is None:
-            return
-        kill_at = asyncio.get_running_loop().time() + grace
-        if run.stop_task is None:
-            run.kill_at = kill_at
-            if not run.over.done():
-                run.over.set_result("it was stopped")
-            run.stop_task = asyncio.create_task(self._stop(run), name=f"stop {self.spec.name}")
-        else:
-            run.kill_at = min(run.kill_at, kill_at)
-        await asyncio.shield(run.stop_task)
-
-    def let_go(self) -> Coroutine[Any, Any, None]:
-        """Leave the engine to itself, at once: this object is of no more use, and an operation that is cancelled after
-        this ends nothing. What is returned ends the watching, and is to be awaited."""
-        run, self._run = self._run, None
-        self._on_change = lambda: None
-        return _part_with(run)
-
-    # Starting
-
-    async def _claim_endpoint(self) -> None:
-        """Remove a socket that a dead engine left. Raises EngineError if a living process has the address."""
-        uds, port = self.endpoint.uds, self.endpoint.port
-        try:
-            if uds is not None:
-                make_private_folder(uds.parent)
-                connecting = asyncio.open_unix_connection(str(uds))
-            else:
-                connecting = asyncio.open_connection("127.0.0.1", port)
-            _, writer = await asyncio.wait_for(connecting, _CLAIM_TIMEOUT_SECS)
-        except (ConnectionRefusedError, FileNotFoundError):
-            if uds is not None:
-                uds.unlink(missing_ok=True)
-        except asyncio.TimeoutError:
-            raise self._address_taken() from None
-        except OSError as error:
-            raise EngineError(FailureKind.SPAWN, f"{self.endpoint}: {error}") from error
-        else:
-            writer.close()
-            raise self._address_taken()
-
-    def _address_taken(self) -> EngineError:
-        return EngineError(FailureKind.SPAWN, f"another process already listens on {self.endpoint}")
-
-    def _spawn(self, run: Run) -> None:
-        if run.over.done():
-            raise EngineError(FailureKind.DIED, run.over.result())
-        spec = run.spec
-        shutil.rmtree(spec.rpc_dir, ignore_errors=True)
-        try:
-            make_private_folder(spec.rpc_dir)
-        except OSError as error:
-            raise EngineError(FailureKind.SPAWN, str(error)) from error
-        try:
-            argv, env = build_argv(spec, os.environ), build_env(spec, os.environ)
-            run.process = EngineProcess.spawn(argv, env, spec.log_path, self._cgroup)
-        except OSError as error:
-            reason = f"{spec.vllm_command[0]!r} cannot be executed: {error.strerror or error}"
-            raise EngineError(FailureKind.SPAWN, reason) from error
-        self._watch(run, run.process)
-
-    def _watch(self, run: Run, process: EngineProcess) -> None:
-        """Get in touch with the engine's processes and its HTTP."""
-        run.api = VllmApi(run.spec.endpoint, run.spec.name, api_key(run.spec, os.environ))
-        run.watch = Watch(process, run.api.health, lambda reason: self._died(run, reason), self._on_change)
-        self._on_change()
-
-    async def _become_ready(self, run: Run) -> EngineInfo:
-        api, process, watch = run.api, run.process, run.watch
-        assert api is not None
-        assert process is not None
-        assert watch is not None
-        uds = self.endpoint.uds
-
-        async def answers() -> bool:
-            return (uds is None or uds.exists()) and await api.health(READY_TIMEOUT_SECS) is Health.OK
-
-        await poll(answers, READY_POLL_SECS)
-        watch.serving()
-        version, can_sleep, _ = await asyncio.gather(
-            api.version(), api.has_sleep(), asyncio.to_thread(process.note_shared_memory)
-        )
-        return EngineInfo(process.pid, process.create_time, version, can_park(version), can_sleep)
-
-    def _explain_start(self, run: Run, error: EngineError) -> EngineError:
-        """The error of a failed start, with what its log says."""
-        if run.process is None or run.stop_task is not None:
-            return error
-        lines = tail_lines(self.log_path, _SEARCHED_LOG_LINES, run.process.log_start)
-        kind = error.kind
-        if kind is FailureKind.DIED and log_says_out_of_memory(lines):
-            kind = FailureKind.OUT_OF_MEMORY
-        shown = [line for line in lines if line.strip()][-SHOWN_LOG_LINES:]
-        if not shown:
-            return EngineError(kind, f"{error.reason}; its log is empty")
-        return EngineError(kind, "\n  ".join([f"{error.reason}; its log ends with", *shown]))
-
-    async def _abandon(self, run: Run) -> None:
-        try:
-            # A stop that is under way, and made the start fail, keeps its grace.
-            await self.stop(0.0 if run.stop_task is None else math.inf)
-        except EngineError as survivor:
-            log.error("%s: %s", self.spec.name, survivor.reason)
-
-    # Operating
-
-    def _running(self) -> tuple[Run, EngineInfo]:
-        if self._run is None or self.info is None:
-            raise EngineError(FailureKind.DIED, "there is no engine running")
-        return self._run, self.info
-
-    async def _operate(self, run: Run, call: Coroutine[Any, Any, None], timeout: float, what: str) -> None:
-        log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        try:
-            await self._until_over(run, call, timeout, what)
-        except EngineError as error:
-            # vLLM's answer may be no more than "Internal Server Error"; the reason is then in its log.
-            refused = error.kind is FailureKind.REFUSED
-            if refused and log_says_out_of_memory(tail_lines(self.log_path, _SEARCHED_LOG_LINES, log_start)):
-                raise EngineError(FailureKind.OUT_OF_MEMORY, error.reason) from error
-            raise
-
-    async def _until_over(self, run: Run, call: Coroutine[Any, Any, T], timeout: float, what: str) -> T:
-        """Await `call`, unless the engine dies, is stopped, or `timeout` seconds are over."""
-        task = asyncio.ensure_future(call)
-        ends: list[asyncio.Future[Any]] = [task, run.over]
-        try:
-            await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                try:
-                    return task.result()
-                except Suspect:
-                    # A dying engine fails its requests before it is seen dead.
-                    await asyncio.wait([run.over], timeout=_DEATH_CERTAIN_SECS)
-                    if not run.over.done():
-                        raise
-            if run.over.done():
-                raise EngineError(FailureKind.DIED, run.over.result())
-            raise EngineError(FailureKind.TIMEOUT, f"{what} was not done within {timeout:g} s")
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    def _died(self, run: Run, reason: str) -> None:
-        if run.over.done():
-            return
-        run.over.set_result(reason)
-        if run.ready:
-            self._on_death(run.incarnation, reason)
-
-    # Stopping
-
-    async def _stop(self, run: Run) -> None:
-        try:
-            if run.watch is not None:
-                await run.watch.close()
-            if run.process is not None:
-                await self._end_gently(run, run.process)
-                await asyncio.to_thread(run.process.kill)
-        except asyncio.CancelledError:
-            # The loop is being closed: nobody will come back to this engine.
-            if run.process is not None:
-                run.process.kill()
-            raise
-        except EngineError:
-            run.stop_task = None
-            raise
-        finally:
-            if run.stop_task is not None:
-                await self._clean_up(run)
-
-    async def _end_gently(self, run: Run, process: EngineProcess) -> None:
-        loop = asyncio.get_running_loop()
-        await asyncio.to_thread(process.note_shared_memory)
-        if process.ended() is not None or run.kill_at <= loop.time():
-            return
-        process.terminate()
-
-        async def leader_ended() -> bool:
-            return process.ended() is not None or loop.time() >= run.kill_at
-
-        await poll(leader_ended, _STOP_POLL_SECS)
-        # The children end after it, and what they remove themselves need not be found.
-        until = min(run.kill_at, loop.time() + _CHILDREN_GRACE_SECS)
-
-        async def all_ended() -> bool:
-            return not await asyncio.to_thread(process.refresh) or loop.time() >= until
-
-        await poll(all_ended, _STOP_POLL_SECS)
-
-    async def _clean_up(self, run: Run) -> None:
-        if run.claimed:
-            if run.spec.endpoint.uds is not None:
-                run.spec.endpoint.uds.unlink(missing_ok=True)
-            shutil.rmtree(run.spec.rpc_dir, ignore_errors=True)
-        if run.process is not None:
-            removed = run.process.remove_shared_memory()
-            if removed:
-                log.info("%s: removed what it left: %s", self.spec.name, ", ".join(removed))
-        if run.api is not None:
-            await run.api.close()
-        self.info = None
-        self._run = None
-        self._on_change()
-
-
-def _api(run: Run) -> VllmApi:
-    assert run.api is not None, "an engine that is ready has been spawned"
-    return run.api
-
-
-async def _part_with(run: Run | None) -> None:
-    if run is not None and run.watch is not None:
-        await run.watch.close()
-    if run is not None and run.api is not None:
-        await run.api.close()

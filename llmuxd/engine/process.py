@@ -94,6 +94,19 @@ class EngineProcess:
         process.refresh(thorough=True)
         return process
 
+    @classmethod
+    def restored(cls, pid: int, token: str, log_start: int, cgroup: Cgroup | None) -> EngineProcess:
+        """An engine that was restored from an image, as the process `pid`. Raises EngineError if it is not there.
+
+        Who restored it has ended: it is nobody's child that could wait for it.
+        """
+        stat = proctable.read_stat(pid)
+        if stat is None or not proctable.has_mark(pid, f"{TOKEN_ENV}={token}\0".encode()):
+            raise EngineError(FailureKind.DIED, f"process {pid} was restored, and is not there")
+        process = cls(stat.proc, psutil.Process(pid).create_time(), token, log_start, cgroup, None)
+        process.refresh(thorough=True)
+        return process
+
     def is_that_of(self, record: EngineRecord) -> bool:
         """Whether the leader runs, and is the very process of the record: its number, its start, and its command line
         or its mark."""
@@ -243,18 +256,21 @@ class EngineProcess:
             self._child.wait()
 
 
-def kill_marked(mark: bytes, groups: Sequence[Cgroup], spared: Sequence[EngineProcess]) -> list[int]:
+def kill_marked(
+    mark: bytes, groups: Sequence[Cgroup], spared: Sequence[EngineProcess], leader: int | None = None
+) -> list[int]:
     """Kill every process with `mark` in its environment or in one of the groups, and what descends from it.
 
-    All but those of the engines in `spared`, and those in containers: the mark names a folder, and a daemon in a
-    container may have one of the same name. Returns the pids of those killed. Blocks until they are gone, or for
-    `KILL_SECS`.
+    With `leader`, the number of a process that can be nobody else's, that one and all of its session, too. But not
+    those of the engines in `spared`, and those in containers: the mark names a folder, and a daemon in a container may
+    have one of the same name. Returns the pids of those killed. Blocks until they are gone, or for `KILL_SECS`.
     """
     deadline = time.monotonic() + KILL_SECS
     known: set[Proc] = set()
+    first = _NOBODY if leader is None else Proc(leader, 0)
     while time.monotonic() < deadline:
         inside = frozenset(pid for group in groups for pid in group.pids())
-        found = proctable.members(_NOBODY, known, mark, inside, leads=False)
+        found = proctable.members(first, known, mark, inside, leads=leader is not None)
         # Looked up after the others were found: what one of them has forked meanwhile is not among those.
         kept = {proc for process in spared for proc in process.refresh(thorough=True)}
         alive = [proc for proc, stat in found.items() if stat.alive and proc not in kept]

@@ -96,6 +96,11 @@ def is_in_a_container(pid: int) -> bool:
         return False
 
 
+def control_group(pid: int) -> str:
+    """As the kernel names it; empty if the process is not there."""
+    return _read(f"{PROC}/{pid}/cgroup").decode("utf-8", "replace").strip()
+
+
 def arguments(pid: int) -> tuple[str, ...]:
     """The command line, argument by argument; empty if it cannot be read."""
     return tuple(part.decode("utf-8", "replace") for part in _read(f"{PROC}/{pid}/cmdline").split(b"\0")[:-1])

@@ -75,5 +75,6 @@ def fingerprint(spec: EngineSpec) -> str:
         sorted(spec.env.items()),
         str(spec.endpoint),
         str(spec.log_path),
+        spec.savable,
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

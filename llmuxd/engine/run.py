@@ -38,6 +38,8 @@ class Run:
     claimed: bool = False
     """The address and the folder of ZMQ sockets are its own, to be removed at its end."""
     ready: bool = False
+    suspended: bool = False
+    """Its processes have been told to leave the device, and not to come back yet: they answer nothing."""
     api: VllmApi | None = None
     process: EngineProcess | None = None
     watch: Watch | None = None

@@ -30,12 +30,18 @@ def existing() -> frozenset[FileId]:
 
 def in_use_by(procs: Iterable[Proc]) -> set[FileId]:
     """This user's files in /dev/shm that the processes have open or mapped."""
+    inodes = inodes_in_use_by(procs)
+    return {(path, inode) for path, inode in existing() if inode in inodes and _is_ours(path)}
+
+
+def inodes_in_use_by(procs: Iterable[Proc]) -> set[int]:
+    """Those in /dev/shm that the processes have open or mapped, whether they have a name yet or not."""
     inodes: set[int] = set()
     for proc in procs:
         found = _inodes_of(proc.pid)
         if is_alive(proc):
             inodes |= found
-    return {(path, inode) for path, inode in existing() if inode in inodes and _is_ours(path)}
+    return inodes
 
 
 def remove_leftovers(files: Iterable[FileId]) -> list[str]:

@@ -6,13 +6,17 @@ starts, not before.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +24,8 @@ import aiohttp
 
 if TYPE_CHECKING:
     from llmuxd.config import Config, ModelConfig
+from llmuxd.config.loras import lora_names
+from llmuxd.core.eviction import Auto, ProcessStrategy
 
 SOCKET_PATH_LIMIT = 107
 """Bytes of a Unix socket's path, the closing zero of `sun_path` taken off."""
@@ -36,6 +42,9 @@ _ZMQ_NAME_BYTES = 40
 _SOCKET_SUFFIX = ".sock"
 _RPC_SUFFIX = ".rpc"
 _DIGEST_LENGTH = 8
+
+WITHOUT_IO_URING = (sys.executable, "-I", str(Path(__file__).with_name("without_io_uring.py")))
+"""Runs the command that follows it where io_uring is refused, as the same process."""
 
 # systemd's are for the daemon alone: an engine that inherits them can answer its watchdog or take its sockets.
 _NOT_FOR_ENGINES = (
@@ -93,6 +102,8 @@ class EngineSpec:
     port: int | None = None
     owner: str = ""
     """The state folder of the daemon that it belongs to."""
+    savable: bool = False
+    """It is started so that CRIU can save it: without io_uring, and without the capabilities that CRIU needs."""
 
     def __post_init__(self) -> None:
         if self.port is None and self._slug_room() < _DIGEST_LENGTH:
@@ -104,8 +115,9 @@ class EngineSpec:
     def _slug_room(self) -> int:
         return SOCKET_PATH_LIMIT - len(os.fsencode(self.socket_dir / _SOCKET_SUFFIX))
 
-    @property
+    @cached_property
     def endpoint(self) -> Endpoint:
+        """Made once: every request that is forwarded asks for it."""
         if self.port is not None:
             return Endpoint(port=self.port)
         return Endpoint(uds=self.socket_dir / (slug(self.name, self._slug_room()) + _SOCKET_SUFFIX))
@@ -148,7 +160,26 @@ def engine_spec(config: Config, model: ModelConfig) -> EngineSpec:
         env=dict(model.env),
         port=model.port,
         owner=str(config.state_dir),
+        savable=_may_be_saved(config, model) or _has_ambient_capabilities(),
     )
+
+
+def _may_be_saved(config: Config, model: ModelConfig) -> bool:
+    """Whether its engine may have to be saved to an image: by its policy, or by the word of an operator who has said
+    anything of checkpoints."""
+    eviction = model.eviction
+    by_policy = isinstance(eviction, Auto) or eviction.process is ProcessStrategy.CHECKPOINT
+    return by_policy or model.checkpoint_path is not None or config.checkpoint != type(config.checkpoint)()
+
+
+@cache
+def _has_ambient_capabilities() -> bool:
+    """Whether what this process starts has capabilities by that, though it is not root; see capabilities(7)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return False
+    return any(int(line.split()[1], 16) for line in lines if line.startswith("CapAmb:"))
 
 
 def build_argv(spec: EngineSpec, base: Mapping[str, str] | None = None) -> list[str]:
@@ -156,7 +187,10 @@ def build_argv(spec: EngineSpec, base: Mapping[str, str] | None = None) -> list[
 
     The model's own arguments come last, so that they win.
     """
-    argv = [*spec.vllm_command, "serve", spec.model_path, "--served-model-name", spec.name, *spec.aliases]
+    # vLLM serves its LoRA modules by their own names, and takes none of them twice.
+    loras = lora_names(spec.extra_args)
+    names = [spec.name, *(alias for alias in spec.aliases if alias not in loras)]
+    argv = [*spec.vllm_command, "serve", spec.model_path, "--served-model-name", *names]
     endpoint = spec.endpoint
     if endpoint.uds is not None:
         argv += ["--uds", str(endpoint.uds)]
@@ -164,7 +198,8 @@ def build_argv(spec: EngineSpec, base: Mapping[str, str] | None = None) -> list[
         argv += ["--host", "127.0.0.1", "--port", str(endpoint.port)]
     if _wants_sleep_flag(spec, {**(base or {}), **spec.env}):
         argv.append("--enable-sleep-mode")
-    return argv + list(spec.extra_args)
+    argv += spec.extra_args
+    return [*WITHOUT_IO_URING, *argv] if spec.savable else argv
 
 
 def _wants_sleep_flag(spec: EngineSpec, env: Mapping[str, str]) -> bool:
@@ -191,6 +226,12 @@ def build_env(spec: EngineSpec, base: Mapping[str, str]) -> dict[str, str]:
     env["VLLM_RPC_BASE_PATH"] = str(spec.rpc_dir)
     env[OWNER_ENV] = spec.owner
     return env
+
+
+def check_executable(spec: EngineSpec, env: Mapping[str, str]) -> None:
+    """Raises OSError if the command is not there: what runs it on our behalf could only say so in the log."""
+    if spec.savable and shutil.which(spec.vllm_command[0], path=env.get("PATH")) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def api_key(spec: EngineSpec, base: Mapping[str, str]) -> str | None:

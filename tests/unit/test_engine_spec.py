@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from llmuxd.config import parse_config
+from llmuxd.config.types import CheckpointConfig, Config, ModelConfig
+from llmuxd.core.eviction import AUTO, EvictionPolicy
 from llmuxd.engine import Endpoint, EngineSpec, build_argv, build_env, engine_spec
-from llmuxd.engine.spec import SOCKET_PATH_LIMIT, api_key, make_private_folder, slug
+from llmuxd.engine.spec import SOCKET_PATH_LIMIT, WITHOUT_IO_URING, api_key, check_executable, make_private_folder, slug
 
 
 def spec(name: str = "a", socket_dir: str = "/run/llmux/engines", **more: Any) -> EngineSpec:
@@ -115,14 +122,37 @@ def test_endpoint_urls() -> None:
 
 def test_engine_spec_of_a_configured_model(tmp_path: Path) -> None:
     model = SimpleNamespace(
-        name="org/m", model_path="p", aliases=("x",), extra_args=("--a",), env={"K": "v"}, port=None
+        name="org/m", model_path="p", aliases=("x",), extra_args=("--a",), env={"K": "v"}, port=None,
+        eviction=EvictionPolicy.parse("discard+stop"), checkpoint_path=None,
+    )  # fmt: skip
+    config = SimpleNamespace(
+        vllm_command=("v", "w"), runtime_dir=Path("/run/x"), state_dir=Path("/var/x"), checkpoint=CheckpointConfig()
     )
-    config = SimpleNamespace(vllm_command=("v", "w"), runtime_dir=Path("/run/x"), state_dir=Path("/var/x"))
     made = engine_spec(cast(Any, config), cast(Any, model))
     assert made.socket_dir == Path("/run/x/engines")
     assert made.log_path.parent == Path("/var/x/logs")
     assert made.vllm_command == ("v", "w")
     assert (made.aliases, made.extra_args, made.env) == (("x",), ("--a",), {"K": "v"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_config", "savable"),
+    [
+        ({}, {}, False),
+        ({"eviction": EvictionPolicy.parse("retain+checkpoint")}, {}, True),
+        ({"eviction": AUTO}, {}, True),
+        ({"checkpoint_path": Path("/images/qwen")}, {}, True),
+        ({}, {"images_dir": Path("/images")}, True),
+    ],
+)
+def test_an_engine_that_may_be_saved_is_started_without_io_uring(changes, of_config, savable) -> None:
+    model = ModelConfig("m", "path", eviction=EvictionPolicy.parse("offload+keep_running"))
+    config = Config(Path("/run/x"), Path("/var/x"), Path("/run/x/s"), checkpoint=CheckpointConfig(**of_config))
+    made = engine_spec(config, replace(model, **changes))
+    assert made.savable is savable
+    argv = build_argv(made)
+    assert argv[:3] == list(WITHOUT_IO_URING) if savable else argv[0] == "vllm"
+    assert argv[argv.index("vllm") : argv.index("vllm") + 3] == ["vllm", "serve", "path"]
 
 
 def test_private_folder(tmp_path: Path) -> None:
@@ -138,3 +168,33 @@ def test_private_folder_is_not_made_of_what_another_put_there(tmp_path: Path) ->
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with pytest.raises(PermissionError):
         make_private_folder(tmp_path / "link")
+
+
+def test_io_uring_is_refused_to_what_is_run_without_it() -> None:
+    asks = (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True); print(libc.syscall(425, 8, None), ctypes.get_errno())"
+    )
+    ran = subprocess.run([*WITHOUT_IO_URING, sys.executable, "-c", asks], capture_output=True, text=True, check=True)
+    assert ran.stdout == f"-1 {errno.ENOSYS}\n"
+
+
+def test_what_is_run_without_io_uring_is_the_same_process() -> None:
+    shows = "import os, sys; print(os.getpid(), sys.argv[1:])"
+    with subprocess.Popen(
+        [*WITHOUT_IO_URING, sys.executable, "-c", shows, "x"], stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.communicate()[0] == f"{run.pid} ['x']\n"
+
+
+def test_a_command_that_is_not_there_is_said_before_it_is_run_by_another() -> None:
+    missing = replace(spec(savable=True), vllm_command=("/nonexistent/vllm",))
+    with pytest.raises(FileNotFoundError):
+        check_executable(missing, {})
+    check_executable(replace(missing, savable=False), {})
+    check_executable(replace(missing, vllm_command=("sh",)), {"PATH": "/bin"})
+
+
+def test_engines_of_a_daemon_with_capabilities_are_started_without_them(monkeypatch) -> None:
+    monkeypatch.setattr("llmuxd.engine.spec._has_ambient_capabilities", lambda: True)
+    config = parse_config({"models": {"m": {"model_path": "/m", "eviction": "offload+keep_running"}}}, environ={})
+    assert build_argv(engine_spec(config, config.models["m"]))[:3] == list(WITHOUT_IO_URING)
