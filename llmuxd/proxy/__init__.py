@@ -1,14 +1,15 @@
 """The proxy: the clients' HTTP on one side, the engines' on the other, the gate in between.
 
-Requests and answers pass byte for byte. `routes`, `extract`, `headers`, `errors` and `events` are pure; `connection`
-is the listening side, `upstream` the way to the engines, `relay` one request's path through all of it, `heartbeat`
-what keeps its client waiting, and `handler` puts them together. When a request may pass is the core's to say, behind
-`llmuxd.gate`.
+The bytes of requests and answers pass as they are. `http1`, `framing`, `routes`, `extract`, `scan`, `headers`, `keys`,
+`cors`, `errors`, `answers`, `events`, `memo` and `responses` are pure; `connection` is a client's side, `upstream` an
+engine's, `exchange` one request, `relay` its path to an engine and back, `heartbeat` what keeps its client waiting,
+`access` what is noted of it; `handler` is what they share, and `site` where it listens. When a request may pass is the
+core's to say, behind `llmuxd.gate`.
 """
 
 from __future__ import annotations
 
-from llmuxd.proxy.connection import Site, serve_proxy
 from llmuxd.proxy.handler import Limits, build_proxy
+from llmuxd.proxy.site import Site, serve_proxy
 
 __all__ = ["Limits", "Site", "build_proxy", "serve_proxy"]

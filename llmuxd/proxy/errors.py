@@ -1,18 +1,26 @@
-"""Errors in OpenAI's form. What is wrong with a request is said where it is found; here is how it is put."""
+"""Errors in the form of the API that was asked. What is wrong with a request is said where it is found; here is how it
+is put."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
-
-from aiohttp import web
 
 from llmuxd.gate import Refused
 
 _SHOWN_CHARS = 200
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class Rejected(Refused):
@@ -32,27 +40,37 @@ def model_not_found(name: str, known: Iterable[str]) -> Rejected:
     return Rejected(404, "model_not_found", message, "model")
 
 
+def no_model() -> Rejected:
+    """400 for a request that does not say which model it is for."""
+    return Rejected(
+        400,
+        "model_required",
+        "no model is named: set `model` in the body, `?model=`, or a `model-override` header",
+        "model",
+    )
+
+
 def internal_error() -> Refused:
     """500: the fault is here, and its log has the rest."""
     return Refused(500, "internal_error", "server_error", "internal error")
 
 
-def error_body(refused: Refused) -> bytes:
-    """`{"error": {...}}` in one line, as it also stands in a server-sent event."""
+def error_value(refused: Refused, anthropic: bool = False) -> dict[str, Any]:
+    """`{"error": {...}}`. For Anthropic's clients it has their words, too."""
     error: dict[str, Any] = {
         "message": str(refused),
         "type": refused.type,
-        "param": getattr(refused, "param", None),
+        "param": refused.param,
         "code": refused.code,
     }
-    return json.dumps({"error": error}).encode()
-
-
-def error_response(refused: Refused) -> web.Response:
-    """The answer, with Retry-After in whole seconds where waiting helps."""
-    response = web.Response(
-        status=refused.status, body=error_body(refused), headers={"Content-Type": "application/json"}
+    if not anthropic:
+        return {"error": error}
+    error["type"] = _ANTHROPIC_TYPES.get(
+        refused.status, "invalid_request_error" if refused.status < 500 else "api_error"
     )
-    if refused.retry_after is not None:
-        response.headers["Retry-After"] = str(max(0, math.ceil(refused.retry_after)))
-    return response
+    return {"type": "error", "error": error}
+
+
+def error_body(refused: Refused, anthropic: bool = False) -> bytes:
+    """The same in one line."""
+    return json.dumps(error_value(refused, anthropic)).encode()

@@ -8,21 +8,10 @@ from typing import Any
 
 from llmuxd.core.outlook import Outlook
 from llmuxd.gate import Refused
-from llmuxd.proxy.errors import error_body
-from llmuxd.proxy.routes import MESSAGES
+from llmuxd.proxy.errors import error_body, error_value
+from llmuxd.proxy.routes import RESPONSES, is_anthropic
 
 _SHOWN_CHARS = 200
-_ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 
 
 def is_event_stream(content_type: str) -> bool:
@@ -40,10 +29,12 @@ def comment(model: str, outlook: Outlook | None = None) -> bytes:
 
 def error_event(path: str, refused: Refused) -> bytes:
     """The event that the path's API has for a failure in mid-stream."""
-    if path == MESSAGES:
-        kind = _ANTHROPIC_TYPES.get(refused.status, "api_error")
-        error = {"type": "error", "error": {"type": kind, "message": refused.message}}
-        return _anthropic(json.dumps(error).encode())
+    if is_anthropic(path):
+        return _named(error_body(refused, anthropic=True))
+    if path.startswith(RESPONSES):
+        # This API's events have their fields at the top; its clients look for the object, too.
+        flat = {"type": "error", "code": refused.code, "message": refused.message, "param": refused.param}
+        return _named(json.dumps({**flat, **error_value(refused)}).encode())
     return b"data: " + error_body(refused) + b"\n\n"
 
 
@@ -55,9 +46,9 @@ def retold(path: str, status: int, body: bytes) -> bytes:
         value = None
     value = value if isinstance(value, dict) else {}
     error = value.get("error")
-    if isinstance(error, dict) and (path != MESSAGES or value.get("type") == "error"):
+    if isinstance(error, dict) and (not is_anthropic(path) or value.get("type") == "error"):
         line = json.dumps(value).encode()
-        return _anthropic(line) if path == MESSAGES else b"data: " + line + b"\n\n"
+        return _named(line) if is_anthropic(path) else b"data: " + line + b"\n\n"
     said = (error if isinstance(error, dict) else value).get("message")
     message = said if isinstance(said, str) else f"the engine answered {status}: {_shown(body)}"
     kind = "invalid_request_error" if 400 <= status < 500 else "server_error"
@@ -66,7 +57,7 @@ def retold(path: str, status: int, body: bytes) -> bytes:
     return error_event(path, refused)
 
 
-def _anthropic(line: bytes) -> bytes:
+def _named(line: bytes) -> bytes:
     return b"event: error\ndata: " + line + b"\n\n"
 
 

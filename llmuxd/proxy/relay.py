@@ -1,316 +1,480 @@
 """One request that goes to an engine, from its ticket to the last byte of its answer.
 
 The ticket ends exactly once: `finish` when the engine's answer is complete or broke off, `left` in every other case
-in which the core has not ended it already. Both causes that end a request from outside, the client that goes away
-and the core that breaks it off, arrive as a cancellation; `_refused` tells which of them it was.
+in which the core has not ended it already. Everything here is a reaction to something that has happened, on the
+client's side, the engine's or the core's; `_over` says that nothing more may.
 
-A stream that waits for long is sent comments, under a head of our own. A refusal that comes after them is an event,
-and so is an answer of the engine that is no stream.
+The bytes of an answer go to the client as they came, chunks and all. A stream that waits for long is sent comments,
+under a head of our own. A refusal that comes after them is an event, and so is an answer of the engine that is no
+stream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Any
-
-from aiohttp import ClientResponse, web
+from typing import TYPE_CHECKING, Protocol
 
 from llmuxd.core.commands import Refusal
-from llmuxd.gate import STATUS_OF, Gate, Grant, Refused, Ticket
-from llmuxd.proxy.connection import ClientConnection
-from llmuxd.proxy.errors import internal_error
+from llmuxd.gate import Grant, Refused
+from llmuxd.proxy.access import Call
 from llmuxd.proxy.events import comment, error_event, is_event_stream, retold
-from llmuxd.proxy.headers import SERVER_TIMING, server_timing, to_client, to_engine
-from llmuxd.proxy.heartbeat import Heartbeat, waiting_response
-from llmuxd.proxy.upstream import ENGINE_FAILED, SAYS_DEAD, Engines, whole_error
+from llmuxd.proxy.framing import LAST_CHUNK, Chunked, Framing, UntilClose, chunk
+from llmuxd.proxy.headers import relayed_head, stream_head
+from llmuxd.proxy.heartbeat import Heartbeat
+from llmuxd.proxy.http1 import RequestHead, ResponseHead
+from llmuxd.proxy.routes import RESPONSES
+from llmuxd.proxy.upstream import SAYS_DEAD, SWITCHING, EngineConnection, EngineFailed
+
+if TYPE_CHECKING:
+    from llmuxd.proxy.connection import ClientConnection
+    from llmuxd.proxy.handler import Proxy
 
 log = logging.getLogger("llmuxd.proxy")
 
-_LAST_WORDS_SECS = 1.0
-_BODILESS = (204, 304)
-ENGINE_DIED_STATUS = STATUS_OF[Refusal.ENGINE_DIED][0]
-_ADDED_BY_SERVER = ("Content-Type", "Date", "Server")
+_ERROR_BYTES = 64 * 1024
+"""No error that an engine means for a human is longer."""
+
+_HELD_BYTES = 64 * 1024
+"""A chunk of a stream that is larger is passed on in parts."""
+_TAIL_BYTES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Forwarded:
-    """A client's request, read whole."""
+    """A client's request, read whole, as its engine gets it."""
 
-    request: web.Request
-    id: str
-    model: str
-    body: bytes
+    head: RequestHead
+    path: str
+    """As the engine knows it."""
+    sent_head: bytes
+    body: bytearray
     stream: bool
     """It asks for server-sent events, so comments may come before them."""
+    upgrade: bool = False
+    """It asks for a WebSocket."""
     most_wait: float | None = None
     """The longest that the client will wait for the model, in seconds, if it says so."""
+    priority: int = 0
 
 
-class RelayedResponse(web.StreamResponse):
-    """An engine's head, which goes out with what the engine put into it and nothing that a server adds."""
+class Owner(Protocol):
+    """Whose request it is."""
 
-    unframed = False
-    """It ends where the connection ends."""
+    def refuse(self, refused: Refused) -> None:
+        """There is no answer of an engine, and nothing was sent."""
 
-    def __init__(self, answer: ClientResponse, request: web.Request, request_id: str) -> None:
-        super().__init__(status=answer.status, reason=answer.reason, headers=to_client(answer.raw_headers, request_id))
-        self._not_given = [name for name in _ADDED_BY_SERVER if name not in self.headers]
-        if "Content-Length" in self.headers:
-            return
-        if request.method == "HEAD" or answer.status in _BODILESS:
-            # Said to aiohttp alone, lest it begins a chunked body: `strip` takes it off before it goes out.
-            self.headers["Content-Length"] = "0"
-            self._not_given.append("Content-Length")
-        elif request.version >= (1, 1):
-            self.enable_chunked_encoding()
-        else:
-            self.unframed = True
-            self.force_close()
+    def answered(self, status: int, keep: bool) -> None:
+        """The answer is complete; `keep` if another one can follow it."""
 
-    async def strip(self) -> None:
-        """Take off what aiohttp has added. To be called when the head is about to be written."""
-        for name in self._not_given:
-            self.headers.popall(name, None)
-
-
-async def before_head(request: web.Request, response: web.StreamResponse) -> None:
-    """For `on_response_prepare` of the application that relays."""
-    if isinstance(response, RelayedResponse):
-        await response.strip()
-    connection = request.protocol
-    if isinstance(connection, ClientConnection) and connection.ending:
-        response.headers["Connection"] = "close"
-        response.force_close()
+    def broke_off(self, status: int) -> None:
+        """The answer ended in its middle, and the connection with it."""
 
 
 class Relay:
     """Takes one request through the gate to its engine, and the answer back."""
 
-    def __init__(self, gate: Gate, engines: Engines, forwarded: Forwarded, heartbeat_secs: float) -> None:
-        self._engines = engines
+    __slots__ = (
+        "_begun",
+        "_call",
+        "_client",
+        "_connecting",
+        "_engine",
+        "_events",
+        "_forwarded",
+        "_framing",
+        "_grant",
+        "_head",
+        "_heartbeat",
+        "_heartbeat_secs",
+        "_held",
+        "_keep",
+        "_mid_chunk",
+        "_over",
+        "_own_head",
+        "_owner",
+        "_proxy",
+        "_tail",
+        "_ticket",
+        "_unwraps",
+        "_wraps",
+    )
+
+    def __init__(self, proxy: Proxy, client: ClientConnection, owner: Owner, call: Call, forwarded: Forwarded) -> None:
+        self._proxy = proxy
+        self._client = client
+        self._owner = owner
+        self._call = call
         self._forwarded = forwarded
-        self._request = forwarded.request
         # A client of HTTP/1.0 could not tell a stream of comments that broke off from its end.
-        self._heartbeat_secs = heartbeat_secs if forwarded.request.version >= (1, 1) else 0.0
-        self._since = time.monotonic()
-        self._ticket: Ticket = gate.submit(forwarded.model, most_wait=forwarded.most_wait)
+        self._heartbeat_secs = proxy.limits.heartbeat_secs if forwarded.head.minor else 0.0
+        self._heartbeat: Heartbeat | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._engine: EngineConnection | None = None
         self._grant: Grant | None = None
         """While it waits for the first bytes of an answer, and later."""
-        self._answer: ClientResponse | None = None
-        self._response: web.StreamResponse | None = None
-        """The engine's head, or one of our own if the client was sent a comment before the engine answered."""
+        self._head: ResponseHead | None = None
+        self._framing: Framing | None = None
+        self._held = b""
+        """What has come of the body before it was clear what to do with the answer."""
+        self._own_head = False
+        """The client was sent a head of our own, and comments, before the engine answered."""
         self._begun = False
-        """What follows the head is the engine's."""
-        self._refused: Refused | None = None
+        """The client was sent something of the engine's answer."""
+        self._wraps = False
+        """What the engine sends is put into chunks."""
+        self._unwraps: Chunked | None = None
+        """What the engine sends is taken out of its chunks."""
+        self._events = False
+        """Events of our own can be put into the answer."""
         self._tail = b""
-        self.status = 0
-        """How it ended, for the count; 0 as long as it has not."""
+        self._mid_chunk = False
+        """The client was sent a part of a chunk that is too large to be waited for."""
+        self._keep = False
+        self._over = False
+        self._ticket = proxy.gate.submit(call.model, most_wait=forwarded.most_wait, priority=forwarded.priority)
 
-    async def run(self) -> web.StreamResponse:
-        """The answer, prepared and written. Raises Refused if there is none, CancelledError if the client left."""
-        task = asyncio.current_task()
-        assert task is not None
+    def start(self) -> None:
+        """Begin."""
+        self._ticket.on_abort = self._fail
+        if self._forwarded.stream and self._heartbeat_secs:
+            self._heartbeat = Heartbeat(self._proxy.loop, self._heartbeat_secs, self._beat)
+        self._ticket.when_decided(self._decided)
 
-        def abort(refused: Refused) -> None:
-            self._refused = refused
-            task.cancel()
+    # What the core says
 
-        self._ticket.on_abort = abort
+    def _decided(self, decision: Grant | Refused) -> None:
+        if self._over:
+            return
+        if isinstance(decision, Refused):
+            self._fail(decision)
+            return
+        self._grant = decision
+        self._call.queue_secs, self._call.switch_secs = decision.queue_secs, decision.switch_secs
+        forwarded = self._forwarded
+        engine = self._proxy.engines.take(decision.endpoint, forwarded.head.method, self)
+        if engine is None:
+            self._connecting = self._proxy.loop.create_task(self._connect(decision))
+        else:
+            self._engine = engine
+            engine.send(forwarded.sent_head, forwarded.body)
+
+    async def _connect(self, grant: Grant) -> None:
+        forwarded = self._forwarded
         try:
-            return await self._serve()
-        except asyncio.CancelledError:
-            if self._refused is None or self._request.transport is None:
-                raise
-            _uncancel(task)
-            return await self._fail(self._refused)
-        except Refused as refused:
-            return await self._fail(refused)
-        except Exception:
-            if self._response is None or not self._response.prepared:
-                raise
-            log.exception("%s: the relay broke", self._forwarded.id)
-            return await self._fail(internal_error())
-        finally:
+            engine = await self._proxy.engines.open(grant.endpoint, forwarded.head.method, self)
+        except EngineFailed as error:
+            self._connecting = None
+            self.engine_failed(error)
+            return
+        self._connecting = None
+        self._engine = engine
+        engine.send(forwarded.sent_head, forwarded.body)
+
+    # What the engine does
+
+    def engine_answers(self, head: ResponseHead, framing: Framing) -> None:
+        if head.status == SWITCHING and not self._forwarded.upgrade:
+            self._close_engine()
+            self.engine_failed(EngineFailed("it changes the protocol, unasked"))
+            return
+        self._head, self._framing = head, framing
+        if head.status == SWITCHING:
+            self._begin(head, framing, b"", 0)
+            self.client_sent(self._client.take_received())
+
+    def engine_sent(self, data: bytes) -> None:
+        head, framing = self._head, self._framing
+        if self._over or head is None or framing is None:
+            return
+        came = len(data)
+        if self._held:
+            data, self._held = self._held + data, b""
+        if not self._begun:
+            if self._knows_enough(head, framing, data):
+                self._take_answer(head, framing, data, came)
+            else:
+                self._held = data
+            return
+        if self._events and isinstance(framing, Chunked):
+            data = self._whole_chunks(framing, data, came)
+        if self._says_dead(data):
+            self._break_off(_died(self._call.model, "it says that its EngineCore is dead"))
+            return
+        if data:
+            self._pass_on(data)
+        if framing.ended:
+            self._complete()
+
+    def engine_failed(self, error: EngineFailed) -> None:
+        if self._over:
+            return
+        self._engine = None
+        if self._begun:
+            self._break_off(_died(self._call.model, str(error)))
+            return
+        if self._held:
+            # It has begun to answer, and nobody has seen it: that is no reason to ask twice.
+            self._ticket.finish(False)
+            self._fail(_died(self._call.model, str(error)))
+            return
+        log.warning("%s: no answer of %s: %s", self._call.id, self._call.model, error)
+        self._grant = self._head = self._framing = None
+        self._held = b""
+        self._ticket.retry(self._decided)
+
+    def engine_takes_more(self) -> None:
+        self._client.pause_reading(False)
+
+    # What the client does
+
+    def client_sent(self, data: bytes) -> bool:
+        """Bytes on the connection; False unless it is a WebSocket's by now."""
+        if not (self._begun and self._head is not None and self._head.status == SWITCHING):
+            return False
+        if self._engine is not None and data:
+            self._engine.write(data)
+            if self._engine.full:
+                self._client.pause_reading(True)
+        return True
+
+    def client_left(self) -> None:
+        """The client went away."""
+        if not self._over:
+            self._end()
             self._ticket.left()
 
-    async def _serve(self) -> web.StreamResponse:
-        try:
-            async with Heartbeat(self._heartbeat_secs if self._forwarded.stream else 0.0, self._say_waiting):
-                grant, answer, first = await self._ask()
-            if self._response is not None and not _continues(answer):
-                return await self._retell(self._response, grant, answer, first)
-            self._begun = True
-            if self._response is None:
-                self._response = RelayedResponse(answer, self._request, self._forwarded.id)
-                self._response.headers.add(SERVER_TIMING, server_timing(grant.queue_secs, grant.switch_secs))
-                await _to_client(self._response.prepare(self._request))
-            died = await self._pass_on(self._response, grant, answer, first)
-            self._ticket.finish(not died)
-            self.status = ENGINE_DIED_STATUS if died else answer.status
-            await _to_client(self._response.write_eof())
-            return self._response
-        finally:
-            if self._answer is not None:
-                self._answer.close()
+    def client_paused(self, paused: bool) -> None:
+        """The client does not read, or reads again."""
+        if self._engine is not None and self._begun:
+            self._engine.pause(paused)
 
-    async def _ask(self) -> tuple[Grant, ClientResponse, bytes]:
-        """Wait for admission and for the answer to begin, twice if the engine goes away in between."""
-        request, forwarded = self._request, self._forwarded
-        headers = to_engine(request.raw_headers, forwarded.id)
-        while True:
-            grant = self._grant = await self._ticket.admitted()
-            try:
-                self._answer, first = await self._engines.ask(
-                    grant.endpoint, request.method, request.raw_path, headers, forwarded.body
-                )
-            except ENGINE_FAILED as error:
-                log.warning("%s: no answer of %s: %s", forwarded.id, grant.model, error or type(error).__name__)
-                self._grant = None
-                self._ticket.retry()
-            else:
-                return grant, self._answer, first
+    # The answer
 
-    async def _pass_on(self, response: web.StreamResponse, grant: Grant, answer: ClientResponse, chunk: bytes) -> bool:
-        """Relay the body, chunk by chunk. True if it says that the engine is dead."""
-        events, died = is_event_stream(response.headers.get("Content-Type", "")), False
-        async with Heartbeat(self._heartbeat_secs if _takes_events(response) else 0.0, self._say_silent) as heartbeat:
-            while chunk:
-                heartbeat.heard()
-                if events:
-                    self._tail = (self._tail + chunk[-4:])[-4:]
-                    died = died or SAYS_DEAD in chunk
-                await _to_client(response.write(chunk))
-                try:
-                    chunk = await answer.content.readany()
-                except ENGINE_FAILED as error:
-                    raise _broken(grant.model, error) from error
-        return died
+    def _knows_enough(self, head: ResponseHead, framing: Framing, held: bytes) -> bool:
+        """Whether what has come tells what to do with the answer.
 
-    async def _say_waiting(self) -> None:
-        """There is no answer yet: a comment, in a stream that begins with the first of them."""
-        if self._response is None and not _unread(self._request):
-            grant = self._grant
-            queue_secs = time.monotonic() - self._since if grant is None else grant.queue_secs
-            timing = server_timing(queue_secs, 0.0 if grant is None else grant.switch_secs)
-            response = waiting_response(self._forwarded.id, timing)
-            await response.prepare(self._request)
-            self._response = response
-        await self._say_silent()
+        The head alone does not: vLLM sends that of a stream before it has looked at the request.
+        """
+        if framing.ended:
+            return True
+        if self._own_head and not _continues(head):
+            return len(held) >= _ERROR_BYTES
+        if head.status == 500 and head.length is not None and head.length <= _ERROR_BYTES:
+            return False
+        if _is_stream(head) and isinstance(framing, Chunked):
+            return framing.between or framing.whole > 0 or len(held) > _HELD_BYTES
+        return bool(held)
 
-    async def _say_silent(self) -> None:
-        """A comment, where one may stand. Never on top of what the client has not taken yet, so they cannot pile up."""
-        if self._response is not None and self._between_events() and not _unread(self._request):
-            await self._response.write(comment(self._forwarded.model, self._ticket.outlook()))
+    def _take_answer(self, head: ResponseHead, framing: Framing, held: bytes, came: int) -> None:
+        if (head.status == 500 or _is_stream(head)) and _tells_death(held):
+            self._close_engine()
+            self.engine_failed(EngineFailed("it answers that its EngineCore is dead"))
+        elif self._own_head and not _continues(head):
+            self._retell(head, held)
+        else:
+            self._begin(head, framing, held, came)
+            if framing.ended:
+                self._complete()
 
-    def _between_events(self) -> bool:
-        return self._tail in (b"", b"\r\n\r\n") or self._tail.endswith(b"\n\n")
+    def _begin(self, head: ResponseHead, framing: Framing, data: bytes, came: int) -> None:
+        """The answer is what the client gets."""
+        self._begun = True
+        # It is not asked again, so that what it was asked need not be kept.
+        self._forwarded.body = bytearray()
+        call, client = self._call, self._client
+        call.begins()
+        chunks = isinstance(framing, Chunked)
+        self._wraps = self._own_head and not chunks
+        if chunks and not self._forwarded.head.minor:
+            self._unwraps = Chunked()
+        self._keep = self._own_head or (framing.framed and self._unwraps is None)
+        self._events = _is_plain_stream(head) and (self._wraps or head.length is None)
+        if self._events and self._heartbeat_secs and self._heartbeat is None:
+            self._heartbeat = Heartbeat(self._proxy.loop, self._heartbeat_secs, self._beat)
+        if self._events and isinstance(framing, Chunked):
+            data = self._whole_chunks(framing, data, came)
+        if self._forwarded.path == RESPONSES:
+            self._proxy.responses.learn(data, call.model, call.key_name)
+        if self._own_head:
+            self._pass_on(data)
+        else:
+            keeps = self._keep and self._owner_keeps()
+            sent = relayed_head(head, call.fields(), keeps, self._unwraps is not None, self._forwarded.head.minor)
+            self._pass_on(data, sent)
+        if client.paused and self._engine is not None:
+            self._engine.pause(True)
 
-    async def _fail(self, refused: Refused) -> web.StreamResponse:
-        """The core, the engine or we ourselves ended the request. Raises `refused` if nothing was sent yet."""
-        response = self._response
-        if response is None or not response.prepared:
-            raise refused from None
-        if self._begun:
-            return await self._break_off(response, refused)
-        return await self._tell(response, refused.status, error_event(self._request.path, refused))
+    def _whole_chunks(self, framing: Chunked, data: bytes, came: int) -> bytes:
+        """What can be passed on of a stream: chunks that are whole, so that an event of our own can follow.
 
-    async def _retell(
-        self, response: web.StreamResponse, grant: Grant, answer: ClientResponse, first: bytes
-    ) -> web.StreamResponse:
+        Of `data` the last `came` bytes are new. Engines write their chunks whole, and one that is not is an event that
+        is of no use yet.
+        """
+        if framing.between or framing.ended:
+            self._mid_chunk = False
+            return data
+        whole = len(data) - came + framing.whole if framing.whole else 0
+        if (self._mid_chunk and not whole) or len(data) - whole > _HELD_BYTES:
+            self._mid_chunk = True
+            return data
+        self._mid_chunk = False
+        self._held = data[whole:]
+        return data[:whole]
+
+    def _owner_keeps(self) -> bool:
+        return self._forwarded.head.keep_alive and not self._client.ending
+
+    def _pass_on(self, data: bytes, head: bytes = b"") -> None:
+        """Send bytes of the engine's answer, after the head if it is not sent yet."""
+        if self._events:
+            self._tail = data[-_TAIL_BYTES:] if len(data) >= _TAIL_BYTES else (self._tail + data)[-_TAIL_BYTES:]
+        if self._heartbeat is not None:
+            self._heartbeat.heard()
+        self._call.sent(data)
+        if self._unwraps is not None:
+            pieces: list[bytes] = []
+            self._unwraps.feed(data, pieces.append)
+            data = b"".join(pieces)
+        elif self._wraps and data:
+            data = chunk(data)
+        self._client.write(head + data if head else data)
+
+    def _says_dead(self, data: bytes) -> bool:
+        """Whether vLLM says in mid-stream that it is dead: it then ends the stream as if nothing were wrong."""
+        return SAYS_DEAD in data and self._events and _tells_death(data)
+
+    def _complete(self) -> None:
+        """The engine's answer is there, whole."""
+        assert self._head is not None
+        if self._wraps:
+            self._client.write(LAST_CHUNK)
+        self._end()
+        self._ticket.finish(True)
+        self._owner.answered(self._head.status, self._keep)
+
+    def _retell(self, head: ResponseHead, held: bytes) -> None:
         """The engine's answer is no stream, but the client has been told that there is one."""
-        try:
-            body = await whole_error(answer, first)
-        except ENGINE_FAILED as error:
-            self._ticket.finish(False)
-            raise _broken(grant.model, error) from error
+        pieces: list[bytes] = []
+        if head.chunked:
+            Chunked().feed(held, pieces.append)
+            held = b"".join(pieces)
+        self._end()
         self._ticket.finish(True)
         # A success without events cannot be handed over any more: a gateway's failure.
-        status = answer.status if answer.status >= 400 else 502
-        return await self._tell(response, status, retold(self._request.path, answer.status, body))
+        status = head.status if head.status >= 400 else 502
+        self._tell(status, retold(self._forwarded.path, head.status, held[:_ERROR_BYTES]))
 
-    async def _tell(self, response: web.StreamResponse, status: int, event: bytes) -> web.StreamResponse:
+    # Waiting
+
+    def _beat(self) -> None:
+        """The client has heard nothing for long: a comment, where one may stand.
+
+        Never on top of what the client has not taken yet, so they cannot pile up.
+        """
+        if self._client.unread or not self._between_events():
+            return
+        sent = b""
+        if not self._begun and not self._own_head:
+            self._own_head = True
+            if self._grant is None:
+                self._call.waits()
+            sent = stream_head(self._call.fields(), self._owner_keeps())
+        said = comment(self._call.model, self._ticket.outlook())
+        self._client.write(sent + self._own(said))
+
+    def _own(self, event: bytes) -> bytes:
+        """An event of our own, as it stands in the answer."""
+        plain = self._begun and not self._wraps and isinstance(self._framing, UntilClose)
+        return event if plain or self._unwraps is not None else chunk(event)
+
+    def _between_events(self) -> bool:
+        if not self._begun:
+            return True
+        return self._events and not self._mid_chunk and self._ends_event(self._tail)
+
+    def _ends_event(self, tail: bytes) -> bool:
+        """Whether what was sent so far, and ends so, ends with an event."""
+        if isinstance(self._framing, Chunked):
+            tail = tail[:-2]  # The line break that ends a chunk.
+        return not tail or tail.endswith((b"\n\n", b"\r\n\r\n"))
+
+    # Failing
+
+    def _fail(self, refused: Refused) -> None:
+        """The core ended the request."""
+        if self._over:
+            return
+        if self._begun:
+            self._break_off(refused)
+            return
+        if self._grant is None:
+            self._call.waits()
+        self._end()
+        self._ticket.left()
+        if self._own_head:
+            self._tell(refused.status, error_event(self._forwarded.path, refused))
+        else:
+            self._owner.refuse(refused)
+
+    def _tell(self, status: int, event: bytes) -> None:
         """Say in an event what the status and the body of an answer would have said.
 
         The stream then ends as it should. Nothing of an answer was cut: this event is all of it, and clients raise
         it. Of a connection that breaks they would report only that, or try again.
         """
-        self.status = status
-        log.info("%s: an error event instead of an answer with status %d", self._forwarded.id, status)
-        if not (await _sent_soon(response.write(event)) and await _sent_soon(response.write_eof())):
-            self._hang_up(response)
-        return response
+        log.info("%s: an error event instead of an answer with status %d", self._call.id, status)
+        self._client.write(chunk(event) + LAST_CHUNK)
+        self._owner.answered(status, True)
 
-    async def _break_off(self, response: web.StreamResponse, refused: Refused) -> web.StreamResponse:
+    def _break_off(self, refused: Refused) -> None:
         """End an answer that has begun, in a way that cannot be taken for its end."""
+        framing = self._framing
+        self._end()
         self._ticket.finish(False)
-        self.status = refused.status
-        log.warning("%s: broken off: %s", self._forwarded.id, refused)
-        if _takes_events(response):
-            separator = b"" if self._between_events() else b"\n\n"
-            await _sent_soon(response.write(separator + error_event(self._request.path, refused)))
-        self._hang_up(response)
-        return response
+        log.warning("%s: broken off: %s", self._call.id, refused)
+        if self._events and not self._mid_chunk:
+            separator = b"" if self._ends_event(self._tail) else b"\n\n"
+            self._client.write(self._own(separator + error_event(self._forwarded.path, refused)))
+        self._client.break_off(framed=self._own_head or (framing is not None and framing.framed and not self._unwraps))
+        self._owner.broke_off(refused.status)
 
-    def _hang_up(self, response: web.StreamResponse) -> None:
-        connection = self._request.protocol
-        if isinstance(connection, ClientConnection):
-            connection.break_off(framed=not (isinstance(response, RelayedResponse) and response.unframed))
-        else:
-            connection.force_close()
+    def _end(self) -> None:
+        """Nothing more happens."""
+        self._over = True
+        self._ticket.on_abort = None
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
+        if self._connecting is not None:
+            self._connecting.cancel()
+        self._close_engine()
 
-
-def _takes_events(response: web.StreamResponse) -> bool:
-    """Whether an event of our own can be put into it."""
-    headers = response.headers
-    return (
-        is_event_stream(headers.get("Content-Type", ""))
-        and "Content-Length" not in headers
-        and "Content-Encoding" not in headers
-    )
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
 
-def _continues(answer: ClientResponse) -> bool:
+def _is_stream(head: ResponseHead) -> bool:
+    return is_event_stream(head.values.get(b"content-type", b"").decode("latin-1"))
+
+
+def _is_plain_stream(head: ResponseHead) -> bool:
+    """Whether something can be put between its events."""
+    return _is_stream(head) and b"content-encoding" not in head.values
+
+
+def _continues(head: ResponseHead) -> bool:
     """Whether an engine's answer is a stream that can follow a head of our own."""
-    headers = answer.headers
-    return (
-        answer.status == 200 and is_event_stream(headers.get("Content-Type", "")) and "Content-Encoding" not in headers
-    )
+    return head.status == 200 and _is_plain_stream(head)
 
 
-def _unread(request: web.Request) -> bool:
-    """Whether a client has not taken yet what was sent, or is not there any more."""
-    transport = request.transport
-    return transport is None or transport.get_write_buffer_size() > 0
+def _tells_death(data: bytes) -> bool:
+    """Whether it has vLLM's words for it, in an error and not in a text that quotes them."""
+    return SAYS_DEAD in data and b'"error"' in data
 
 
-async def _sent_soon(sending: Awaitable[object]) -> bool:
-    """Send some last words; False if the client does not take them."""
-    try:
-        await asyncio.wait_for(sending, _LAST_WORDS_SECS)
-    except (OSError, asyncio.TimeoutError):
-        return False
-    return True
-
-
-async def _to_client(sending: Awaitable[object]) -> None:
-    """Send; a client that is not there any more is one that has left."""
-    try:
-        await sending
-    except OSError as error:
-        raise asyncio.CancelledError from error
-
-
-def _broken(model: str, error: Exception) -> Refused:
-    message = f"the engine of {model} broke its answer off: {error or type(error).__name__}"
-    return Refused.by(Refusal.ENGINE_DIED, message)
-
-
-def _uncancel(task: asyncio.Task[Any]) -> None:
-    """Take back a cancellation that was not meant to end the task (Python 3.11 counts them)."""
-    uncancel = getattr(task, "uncancel", None)
-    if uncancel is not None:
-        uncancel()
+def _died(model: str, why: str) -> Refused:
+    return Refused.by(Refusal.ENGINE_DIED, f"the engine of {model} broke its answer off: {why}")

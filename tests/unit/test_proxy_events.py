@@ -9,7 +9,7 @@ import pytest
 
 from llmuxd.core.outlook import Outlook
 from llmuxd.gate import Refused
-from llmuxd.proxy.events import comment, error_event, retold
+from llmuxd.proxy.events import comment, error_event, is_event_stream, retold
 
 OPENAI, ANTHROPIC = "/v1/chat/completions", "/v1/messages"
 
@@ -22,6 +22,20 @@ def data_of(path: str, event: bytes) -> dict[str, Any]:
     assert len(lines) == 3, "its data is one line"
     data: dict[str, Any] = json.loads(lines[0].removeprefix("data: "))
     return data
+
+
+@pytest.mark.parametrize(
+    ("content_type", "is_one"),
+    [
+        ("text/event-stream", True),
+        (" Text/Event-Stream ; charset=utf-8", True),
+        ("text/event-stream2", False),
+        ("application/json; x=text/event-stream", False),
+        ("", False),
+    ],
+)
+def test_what_consists_of_events(content_type: str, is_one: bool) -> None:
+    assert is_event_stream(content_type) is is_one
 
 
 def test_a_comment_is_one_line_whatever_a_model_is_called() -> None:
@@ -45,7 +59,8 @@ def test_a_refusal_in_openais_form() -> None:
 )
 def test_a_refusal_in_anthropics_form(status: int, kind: str) -> None:
     data = data_of(ANTHROPIC, error_event(ANTHROPIC, Refused(status, "code", "type", "why")))
-    assert data == {"type": "error", "error": {"type": kind, "message": "why"}}
+    error = {"type": kind, "message": "why", "param": "model" if status == 400 else None, "code": "code"}
+    assert data == {"type": "error", "error": error}
 
 
 @pytest.mark.parametrize("path", [OPENAI, ANTHROPIC])
@@ -57,7 +72,8 @@ def test_an_engines_own_error_is_kept_whole(path: str) -> None:
 def test_openais_form_becomes_anthropics() -> None:
     body = b'{"error": {"message": "no", "type": "BadRequestError"}}'
     data = data_of(ANTHROPIC, retold(ANTHROPIC, 404, body))
-    assert data == {"type": "error", "error": {"type": "not_found_error", "message": "no"}}
+    error = {"type": "not_found_error", "message": "no", "param": None, "code": "engine_error"}
+    assert data == {"type": "error", "error": error}
 
 
 @pytest.mark.parametrize(

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmuxd.proxy.errors import Rejected
-from llmuxd.proxy.extract import wanted
-
-JSON = "application/json"
-FORM = "multipart/form-data; boundary=xyz"
-
-
-def of_body(body: bytes, content_type: str = JSON) -> str:
-    return wanted(None, "", content_type, False, body).model
-
-
-def code_of(body: bytes, content_type: str = JSON, encoded: bool = False) -> str:
-    with pytest.raises(Rejected) as rejected:
-        wanted(None, "", content_type, encoded, body)
-    assert rejected.value.status == 400
-    return rejected.value.code
-
-
-def part(name: str, value: bytes, extra: str = "") -> bytes:
-    return f'--xyz\r\nContent-Disposition: form-data; name="{name}"{extra}\r\n\r\n'.encode() + value + b"\r\n"
-
-
-END = b"--xyz--\r\n"
+from tests.unit.proxy_looking import FORM, FORM_END, JSON, code_of, outcome, part, wanted
 
 
 def test_the_header_wins_over_the_query_over_the_body() -> None:
     body = b'{"model": "body"}'
-    assert wanted("header", "model=query", JSON, False, body).model == "header"
-    assert wanted(None, "x=1&model=query", JSON, False, body).model == "query"
-    assert wanted("", "model=", JSON, False, body).model == "body"
-    assert wanted(None, "model=org%2Fname+x", JSON, False, body).model == "org/name x"
-    assert wanted(None, "model=a&model=b", JSON, False, body).model == "b"
+    assert wanted(body, named="header", query="model=query").model == "header"
+    assert wanted(body, query="x=1&model=query").model == "query"
+    assert wanted(body, named="", query="model=").model == "body"
+    assert wanted(body, query="model=org%2Fname+x").model == "org/name x"
+    assert wanted(body, query="model=a&model=b").model == "b"
+
+
+def test_a_query_has_a_hundred_parameters_at_most() -> None:
+    query = "&".join(["a=1"] * 99 + ["model=a"])
+    assert wanted(b"", query=query).model == "a"
+    assert code_of(b'{"model": "a"}', query="a=1&" + query) == "invalid_url"
 
 
 def test_with_a_header_or_a_query_the_body_may_be_anything() -> None:
-    for body in (b"", b"{", b"\xff\x00"):
-        assert wanted("a", "", JSON, False, body).model == "a"
-        assert wanted(None, "model=a", FORM, True, body).model == "a"
+    for body in (b"", b"{", b"\xff\x00", b"--xyz\r\n", b'{"model"' + b" " * 200_000):
+        for content_type in (JSON, FORM, "multipart/form-data", ""):
+            assert wanted(body, content_type, named="a") == ("a", False)
+            assert wanted(body, content_type, query="model=a", encoded=True) == ("a", False)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +46,7 @@ def test_with_a_header_or_a_query_the_body_may_be_anything() -> None:
 )
 @pytest.mark.parametrize("content_type", [JSON, "", "text/plain", "application/json; charset=utf-8"])
 def test_json(body: bytes, model: str, content_type: str) -> None:
-    assert of_body(body, content_type) == model
+    assert wanted(body, content_type).model == model
 
 
 @pytest.mark.parametrize(
@@ -91,90 +75,29 @@ def test_a_compressed_body_is_not_looked_into() -> None:
     assert code_of(b"\x1f\x8b", encoded=True) == "unreadable_body"
 
 
-@pytest.mark.parametrize(
-    ("body", "model"),
-    [
-        (part("model", b"a") + END, "a"),
-        (part("file", b"x", '; filename="f"') + part("model", b"a") + END, "a"),
-        (part("model", b"a") + part("model", b"b") + END, "b"),
-        (part("model", b"a") + part("file", b"\r\n--xyzzy\r\n\r\n--xy\r\nno", '; filename="f"') + END, "a"),
-        (part("file", b'\r\n--xyzname="model"\r\n\r\nno', '; filename="f"') + part("model", b"a") + END, "a"),
-        (b"preamble\r\n" + part("model", b"a") + END + b"epilogue", "a"),
-        (b"\r\n" + part("model", b"a") + END[:-2], "a"),
-        (b"--xyz \t\r\nContent-Disposition: form-data; name=model\r\n\r\na\r\n" + END, "a"),
-        (b'--xyz\r\ncontent-type: text/plain\r\nCONTENT-DISPOSITION: form-data; name="model"\r\n\r\na\r\n' + END, "a"),
-        (b"--xyz\r\n\r\n\r\n" + part("model", b"a") + END, "a"),
-        (part("model", "\u00e9".encode()) + END, "\u00e9"),
-        (part("model", b"a\r\nb") + END, "a\r\nb"),
-    ],
-)
-def test_form(body: bytes, model: str) -> None:
-    assert of_body(body, FORM) == model
-
-
-@pytest.mark.parametrize("content_type", ['multipart/form-data; boundary="xyz"', "Multipart/Form-Data;BOUNDARY=xyz"])
-def test_form_boundaries(content_type: str) -> None:
-    assert of_body(part("model", b"a") + END, content_type) == "a"
-
-
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        (b"no delimiter", "model_required"),
-        (END, "model_required"),
-        (part("file", b"x") + END, "model_required"),
-        (part("model", b"") + END, "model_required"),
-        (part("model", b"a"), "invalid_form"),
-        (part("model", b"a") + b"--xyzzy", "invalid_form"),
-        (b"--xyz\r\nno head\r\n" + END, "invalid_form"),
-        (b"--xyz\r\nX: " + b"y" * 20_000 + b"\r\n\r\n\r\n" + END, "invalid_form"),
-        (part("model", b"a", '; filename="f"') + END, "invalid_model"),
-        (part("model", b"\xff") + END, "invalid_model"),
-    ],
-)
-def test_forms_that_name_none(body: bytes, code: str) -> None:
-    assert code_of(body, FORM) == code
-
-
-@pytest.mark.parametrize(
-    "content_type", ["multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=\u00e9"]
-)
-def test_forms_without_a_boundary(content_type: str) -> None:
-    assert code_of(part("model", b"a") + END, content_type) == "invalid_form"
-
-
-def test_a_large_upload_does_not_hold_up_the_loop() -> None:
-    body = part("file", bytes(range(256)) * (48 << 12), '; filename="f"') + part("model", b"a") + END
-    took = []
-    for _ in range(3):
-        began = time.process_time()
-        assert of_body(body, FORM) == "a"
-        took.append(time.process_time() - began)
-    assert min(took) < 0.25, "it looks at every byte of 48 MiB by itself"
-
-
 @settings(derandomize=True, database=None, deadline=None)
 @given(
     st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.booleans()),
     st.text(min_size=1),
 )
 def test_any_json_object(others: dict[str, object], model: str) -> None:
-    assert of_body(json.dumps({**others, "model": model}).encode()) == model
-
-
-def outcome(body: bytes, content_type: str) -> str | Rejected:
-    try:
-        return of_body(body, content_type)
-    except Rejected as rejected:
-        return rejected
+    assert wanted(json.dumps({**others, "model": model}).encode()).model == model
 
 
 @settings(derandomize=True, database=None, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([JSON, FORM, ""]))
 def test_any_bytes_are_a_model_or_a_400(body: bytes, content_type: str) -> None:
-    for whole in (body, b"--xyz\r\n" + body, part("model", body) + END):
+    for whole in (body, b"--xyz\r\n" + body, part("model", body) + FORM_END):
         found = outcome(whole, content_type)
-        assert found if isinstance(found, str) else found.status == 400
+        assert isinstance(found, str) or found.model
+
+
+@settings(derandomize=True, database=None, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60), st.binary(max_size=60))
+def test_no_type_and_no_query_breaks_it(content_type: str, query: str, body: bytes) -> None:
+    for kind in (content_type, "multipart/form-data" + content_type, "multipart/form-data; boundary=" + content_type):
+        found = outcome(body, kind, query=query)
+        assert isinstance(found, str) or found.model
 
 
 @pytest.mark.parametrize(
@@ -184,20 +107,22 @@ def test_any_bytes_are_a_model_or_a_400(body: bytes, content_type: str) -> None:
         (b' \n{"stream":true,"model":"a"}', True),
         (b'{"model": "a", "stream": false}', False),
         (b'{"model": "a", "stream": 1}', False),
+        (b'{"model": "a", "stream": "true"}', False),
         (b'{"model": "a", "x": {"stream": true}}', False),
         (b'{"model": "a", "stream": true, "stream": null}', False),
+        (b'{"model": "a", "stream": true, "x": "' + b"x" * 200_000 + b'"}', True),
         (b'{"model": "a"}', False),
     ],
 )
 def test_whether_a_stream_is_asked_for(body: bytes, stream: bool) -> None:
-    assert wanted(None, "", JSON, False, body) == ("a", stream)
-    assert wanted("b", "", JSON, False, body) == ("b", stream)
-    assert wanted(None, "model=b", JSON, False, body) == ("b", stream)
-    assert wanted("b", "", JSON, True, body) == ("b", False)
+    assert wanted(body) == ("a", stream)
+    assert wanted(body, named="b") == ("b", stream)
+    assert wanted(body, query="model=b") == ("b", stream)
+    assert wanted(body, named="b", encoded=True) == ("b", False)
 
 
 @pytest.mark.parametrize(
     "body", [b'{"stream": true', b'{"stream"', b'["stream"]', b"", b'{"stream": ' + b"[" * 100_000]
 )
 def test_a_body_that_need_not_be_read_asks_for_no_stream(body: bytes) -> None:
-    assert wanted("a", "", JSON, False, body) == ("a", False)
+    assert wanted(body, named="a") == ("a", False)

@@ -1,16 +1,22 @@
-"""Which headers pass the proxy, and how its errors are put."""
+"""Which headers pass the proxy, and the heads that it writes."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
 import pytest
 
-from llmuxd.gate import Refused
-from llmuxd.proxy.errors import Rejected, error_body, error_response, model_not_found
-from llmuxd.proxy.headers import request_id, seconds_of, server_timing, to_client, to_engine
+from llmuxd.proxy.headers import (
+    connection_line,
+    relayed_head,
+    request_id,
+    seconds_of,
+    server_timing,
+    stream_head,
+    to_engine,
+)
+from llmuxd.proxy.http1 import RequestHead, ResponseHead, parse_request, parse_response
 
 HOP_BY_HOP = [
     "Connection",
@@ -20,50 +26,162 @@ HOP_BY_HOP = [
     "Proxy-Connection",
     "TE",
     "Trailer",
-    "Transfer-Encoding",
     "Upgrade",
 ]
-CLIENTS_OWN = ["Authorization", "X-Api-Key", "Cookie", "Model-Override", "Host", "Content-Length", "Expect"]
+CLIENTS_OWN = [
+    "Authorization",
+    "X-Api-Key",
+    "Cookie",
+    "Model-Override",
+    "Expect",
+    "X-LLMux-Wait",
+    "X-LLMux-Priority",
+    "X-HTTP-Method",
+    "X-HTTP-Method-Override",
+    "X-Method-Override",
+    "X-Original-URL",
+    "X-Rewrite-URL",
+]
+CORS = ["Allow-Origin", "Allow-Methods", "Allow-Headers", "Allow-Credentials", "Expose-Headers", "Max-Age"]
+
+ADDED = b"X-Added: 1\r\n"
+PLAIN = ("Accept: */*",)
 
 
-def raw(*headers: tuple[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode(), value.encode()) for name, value in headers]
+def request(*lines: str, method: str = "POST") -> RequestHead:
+    return parse_request("\r\n".join([f"{method} /v1/x HTTP/1.1", "Host: client", *lines]).encode())
+
+
+def answer(*lines: str, status: str = "200 OK") -> ResponseHead:
+    return parse_response("\r\n".join([f"HTTP/1.1 {status}", *lines]).encode())
+
+
+def lines_of(head: bytes) -> list[str]:
+    assert head.endswith(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")[:-2]
+    assert all(lines)
+    return lines
+
+
+def asked(*lines: str, length: int = 0, method: str = "POST", upgrade: bool = False) -> list[str]:
+    """What an engine is sent for a request with those fields, less what it is always sent."""
+    sent = lines_of(to_engine(request(*lines, method=method), "/v1/x?y", "id", length, upgrade=upgrade))
+    assert sent[:3] == [f"{method} /v1/x?y HTTP/1.1", "Host: localhost", "x-request-id: id"]
+    return sent[3:]
+
+
+def told(*lines: str, status: str = "200 OK", keeps: bool = True, unframed: bool = False, minor: int = 1) -> list[str]:
+    """What a client is sent of an answer with those fields, less what it is always sent."""
+    sent = lines_of(relayed_head(answer(*lines, status=status), ADDED, keeps, unframed, minor))
+    assert sent[0] == f"HTTP/1.1 {status}"
+    sent.remove("X-Added: 1")
+    return sent[1:]
 
 
 @pytest.mark.parametrize("name", HOP_BY_HOP)
 @pytest.mark.parametrize("spell", [str.lower, str.upper, str])
 def test_what_concerns_one_connection_stays_there(name: str, spell: Callable[[str], str]) -> None:
-    given = raw((spell(name), "x"), ("Accept", "*/*"))
-    assert list(to_engine(given, "id").items()) == [("Accept", "*/*"), ("x-request-id", "id")]
-    assert list(to_client(given, "id").items()) == [("Accept", "*/*"), ("x-request-id", "id")]
+    given = (f"{spell(name)}: x", *PLAIN)
+    assert asked(*given) == [*PLAIN]
+    assert told(*given) == [*PLAIN]
 
 
 def test_what_a_connection_header_names_stays_too() -> None:
-    given = raw(("Connection", "close, X-A"), ("connection", " x-b "), ("X-A", "1"), ("x-B", "2"), ("X-C", "3"))
-    assert dict(to_engine(given, "id")) == dict(to_client(given, "id")) == {"X-C": "3", "x-request-id": "id"}
+    given = ("Connection: close, X-A", "connection:  x-b ", "X-A: 1", "x-B: 2", "X-C: 3")
+    assert asked(*given) == told(*given) == ["X-C: 3"]
+
+
+def test_a_connection_header_cannot_take_away_what_a_body_is() -> None:
+    given = ("Connection: content-type, Content-Length, x-request-id, host", "Content-Type: a/b", "Content-Length: 3")
+    assert asked(*given, length=3) == ["Content-Type: a/b", "Content-Length: 3"]
+    assert told(*given) == ["Content-Type: a/b", "Content-Length: 3"]
 
 
 @pytest.mark.parametrize("name", CLIENTS_OWN)
-def test_what_is_the_clients_with_the_daemon_does_not_reach_an_engine(name: str) -> None:
-    assert name not in to_engine(raw((name, "secret"), (name.upper(), "secret")), "id")
+@pytest.mark.parametrize("spell", [str.lower, str.upper, str])
+def test_what_is_the_clients_with_the_daemon_does_not_reach_an_engine(name: str, spell: Callable[[str], str]) -> None:
+    assert asked(f"{spell(name)}: secret", *PLAIN) == [*PLAIN]
+
+
+@pytest.mark.parametrize("name", CORS)
+def test_which_pages_may_read_an_answer_is_not_the_engines_to_say(name: str) -> None:
+    assert told(f"Access-Control-{name}: *", f"access-control-{name.lower()}: x", *PLAIN) == [*PLAIN]
 
 
 def test_the_rest_passes_with_its_spelling_and_order() -> None:
-    given = [("X-b", "1"), ("x-A", "2"), ("X-B", "3"), ("Content-Encoding", "gzip"), ("X-Empty", "")]
-    assert list(to_engine(raw(*given), "id").items()) == [*given, ("x-request-id", "id")]
-    assert list(to_client(raw(*given), "id").items()) == [*given, ("x-request-id", "id")]
+    given = [
+        "X-b:1",
+        "x-A:  2\t",
+        "X-B: 3",
+        "Content-Encoding: gzip",
+        "X-Empty:",
+        "X-E: \u00e9",
+    ]
+    assert asked(*given) == given
+    assert told(*given) == given
 
 
 def test_there_is_one_request_id() -> None:
-    given = raw(("X-Request-ID", "theirs"), ("x-request-id", "theirs"))
-    assert to_engine(given, "ours").getall("x-request-id") == ["ours"]
-    assert to_client(given, "ours").getall("x-request-id") == ["ours"]
+    assert asked("X-Request-ID: theirs") == []
+    assert told("X-Request-ID: theirs", "Set-Cookie: a", "Set-Cookie: b") == ["Set-Cookie: a", "Set-Cookie: b"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "length", "sent"),
+    [
+        ((), 0, []),
+        (("Content-Length: 0",), 0, ["Content-Length: 0"]),
+        (("Content-Length: 007",), 7, ["Content-Length: 7"]),
+        (("Transfer-Encoding: chunked",), 12, ["Content-Length: 12"]),
+        (("Transfer-Encoding: chunked",), 0, ["Content-Length: 0"]),
+    ],
+)
+def test_an_engine_is_told_how_long_the_body_is(lines: tuple[str, ...], length: int, sent: list[str]) -> None:
+    assert asked(*lines, length=length) == sent
+
+
+def test_a_handshake_is_put_anew() -> None:
+    handshake = ("Connection: keep-alive, Upgrade", "Upgrade: WebSocket", "Sec-WebSocket-Key: k")
+    sent = asked(*handshake, method="GET", upgrade=True)
+    assert sent == ["Sec-WebSocket-Key: k", "Connection: Upgrade", "Upgrade: websocket"]
+    assert asked(*handshake, method="GET") == ["Sec-WebSocket-Key: k"]
 
 
 def test_a_length_is_passed_on_unless_the_body_is_framed_otherwise() -> None:
-    length = ("Content-Length", "3")
-    assert to_client(raw(length), "id")["content-length"] == "3"
-    assert "content-length" not in to_client(raw(length, ("Transfer-Encoding", "chunked")), "id")
+    assert told("Content-Length: 3") == ["Content-Length: 3"]
+    assert told("Transfer-Encoding: Chunked") == ["Transfer-Encoding: chunked"]
+    assert told("Transfer-Encoding: chunked", unframed=True, keeps=False, minor=0) == ["Connection: close"]
+    assert told(keeps=False) == ["Connection: close"]
+
+
+def test_an_answer_that_changes_the_protocol() -> None:
+    head = answer("Sec-WebSocket-Accept: x", "upgrade: websocket", "connection: upgrade", status="101 Go")
+    sent = lines_of(relayed_head(head, ADDED, True, False, 1))
+    assert sent == [
+        "HTTP/1.1 101 Go",
+        "Sec-WebSocket-Accept: x",
+        "X-Added: 1",
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keeps", "minor", "line"),
+    [(True, 1, b""), (False, 1, b"Connection: close\r\n"), (False, 0, b"Connection: close\r\n"), (True, 0, b"Connection: keep-alive\r\n")],
+)  # fmt: skip
+def test_a_client_is_told_what_it_does_not_expect(keeps: bool, minor: int, line: bytes) -> None:
+    assert connection_line(keeps, minor) == line
+    assert line in relayed_head(answer("Content-Length: 0"), b"", keeps, False, minor)
+
+
+def test_the_head_of_a_stream_that_waits() -> None:
+    head = parse_response(stream_head(ADDED, keeps=True).removesuffix(b"\r\n\r\n"))
+    assert (head.status, head.chunked) == (200, True)
+    assert head.values[b"content-type"].startswith(b"text/event-stream")
+    assert head.values[b"x-added"] == b"1"
+    assert b"connection" not in head.values
+    assert b"\r\nConnection: close\r\n" in stream_head(ADDED, keeps=False)
 
 
 @pytest.mark.parametrize("given", ["a", "req_1-2.3~4:5/6+7=8@9", "x" * 128])
@@ -71,39 +189,16 @@ def test_a_clients_request_id_is_kept(given: str) -> None:
     assert request_id(given) == given
 
 
-@pytest.mark.parametrize("given", ["", " ", "a b", "a\n", 'a"b', "\u00e9", "x" * 129])
-def test_or_made(given: str) -> None:
+@pytest.mark.parametrize("given", [None, "", " ", "a b", "a\n", 'a"b', "\u00e9", "x" * 129])
+def test_or_made(given: str | None) -> None:
     made = {request_id(given), request_id(given)}
     assert len(made) == 2
     assert given not in made
+    assert all(request_id(one) == one for one in made)
 
 
 def test_server_timing() -> None:
     assert server_timing(1.23456, 0) == "queue;dur=1234.6, switch;dur=0.0"
-
-
-@pytest.mark.parametrize(("retry_after", "header"), [(None, None), (0.0, "0"), (0.01, "1"), (3.0, "3"), (3.2, "4")])
-def test_errors(retry_after: float | None, header: str | None) -> None:
-    response = error_response(Refused(503, "model_unavailable", "service_unavailable_error", 'no "a"', retry_after))
-    assert response.status == 503
-    assert response.headers.get("Retry-After") == header
-    assert response.headers["Content-Type"] == "application/json"
-    assert isinstance(response.body, bytes)
-    assert json.loads(response.body) == {
-        "error": {"message": 'no "a"', "type": "service_unavailable_error", "param": None, "code": "model_unavailable"}
-    }
-
-
-def test_an_error_stays_on_one_line_so_that_it_fits_an_event() -> None:
-    assert b"\n" not in error_body(Rejected(400, "c", "two\nlines\r\n\x85\u2028"))
-
-
-def test_an_unknown_model_is_told_the_known_ones_and_the_nearest() -> None:
-    error = model_not_found("lama-8b", ["llama-8b", "qwen"])
-    assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
-    assert str(error) == "The model `lama-8b` does not exist. Did you mean `llama-8b`? Known models: llama-8b, qwen"
-    assert str(model_not_found("zzz", ["qwen"])) == "The model `zzz` does not exist. Known models: qwen"
-    assert len(str(model_not_found("x" * 10_000_000, ["qwen"]))) < 300
 
 
 @pytest.mark.parametrize(("given", "seconds"), [(None, None), ("0", 0.0), ("12", 12.0), (" 1.5 ", 1.5)])

@@ -12,6 +12,7 @@ from yarl import URL
 
 from llmuxd.proxy.errors import Rejected
 from llmuxd.proxy.routes import Action, Route, route
+from tests.vllm_paths import DEVELOPMENT, METHODS, ONLY_UPSTREAM
 
 FORWARDED = [
     "/v1/chat/completions",
@@ -19,6 +20,7 @@ FORWARDED = [
     "/v1/embeddings",
     "/v1/messages",
     "/v1/messages/count_tokens",
+    "/v1/realtime?model=a",
     "/v1/responses/resp_1-a.b~c/cancel",
     "/v1/audio/transcriptions",
     "/v1/x?model=a&b=%2F..%2f&c=[]",
@@ -34,36 +36,6 @@ FORWARDED = [
     "/v2/rerank",
     "/v2/embed",
     "/inference/v1/generate",
-]
-
-# What vLLM 0.32 serves and clients must not reach.
-DEVELOPMENT = [
-    "/sleep",
-    "/wake_up",
-    "/is_sleeping",
-    "/pause",
-    "/resume",
-    "/is_paused",
-    "/collective_rpc",
-    "/reset_prefix_cache",
-    "/reset_mm_cache",
-    "/reset_encoder_cache",
-    "/release_kv_cache_memory",
-    "/abort_requests",
-    "/inference/v1/abort_requests",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/server_info",
-    "/update_weights",
-    "/init_weight_transfer_engine",
-    "/start_profile",
-    "/stop_profile",
-    "/scale_elastic_ep",
-    "/fault_tolerance/apply",
-    "/invocations",
-    "/openapi.json",
-    "/metrics",
-    "/load",
 ]
 
 SPELLINGS = [
@@ -98,8 +70,6 @@ SPELLINGS = [
     "/v1/\udcff/..{}",
 ]
 
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-
 
 @pytest.mark.parametrize("target", FORWARDED)
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -107,6 +77,8 @@ def test_forwarded(method: str, target: str) -> None:
     found = route(method, target)
     path, _, query = target.partition("?")
     assert (found.action, found.path, found.query) == (Action.FORWARD, path, query)
+    assert (found.target, found.model) == (target, "")
+    assert route(method, target) == found, "asked again"
 
 
 @pytest.mark.parametrize("target", FORWARDED)
@@ -114,13 +86,11 @@ def test_what_is_forwarded_is_sent_as_it_is_spelled(target: str) -> None:
     assert URL("http://localhost" + target, encoded=True).raw_path_qs == target
 
 
-@pytest.mark.parametrize("path", DEVELOPMENT)
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_never_forwarded(path: str, spelling: str) -> None:
-    target = spelling.replace("{}", path)
-    for method in METHODS:
+def test_never_forwarded(spelling: str) -> None:
+    for path, method in itertools.product([*DEVELOPMENT, *ONLY_UPSTREAM], METHODS):
         with pytest.raises(Rejected) as rejected:
-            route(method, target)
+            route(method, spelling.replace("{}", path))
         assert rejected.value.status in (400, 404)
 
 
@@ -181,6 +151,34 @@ def test_what_is_forwarded_has_one_reading_and_is_on_the_list(begin: str, rest: 
     assert URL("http://localhost" + target, encoded=True).raw_path_qs == target
 
 
+@pytest.mark.parametrize("target", [*FORWARDED, "/v1/models", "/v1/models/a", "/health"])
+def test_what_may_be_done_is_told_here(target: str) -> None:
+    assert route("OPTIONS", target).action is Action.OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("path", "response"),
+    [
+        ("/v1/responses/resp_1-a", "resp_1-a"),
+        ("/v1/responses/resp_1/cancel", "resp_1"),
+        ("/v1/responses/resp_1/input_items", "resp_1"),
+        ("/v1/responses/" + "x" * 128, "x" * 128),
+        ("/v1/responses/renderer", "renderer"),
+        ("/v1/responses", ""),
+        ("/v1/responses/render", ""),
+        ("/v1/responses/" + "x" * 129, ""),
+        ("/v1/responses/resp_1.a", ""),
+        ("/v1/responses/resp_1/a/b", ""),
+        ("/v1/completions/resp_1", ""),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_which_stored_response_it_is_about(method: str, path: str, response: str) -> None:
+    found = route(method, path)
+    assert (found.action, found.response) == (Action.FORWARD, response)
+    assert route(method, "/upstream/a" + path, {"a"}).response == response
+
+
 @pytest.mark.parametrize(
     "target", ["/", "/v1", "/v1/", "/v1/completions/", "/V1/completions", "/tokenize/x", "/docs", "/v3/x"]
 )
@@ -211,8 +209,8 @@ def test_answered_here(method: str) -> None:
     assert route(method, "/v1/models").action is Action.LIST_MODELS
     for model in ("a", "org/name", "a b", "é", "..", "../../sleep", "a%2Fb"):
         found = route(method, "/v1/models/" + quote(model, safe=""))
-        assert (found.action, found.model_id) == (Action.SHOW_MODEL, model)
-    assert route(method, "/v1/models/org/name").model_id == "org/name"
+        assert (found.action, found.model) == (Action.SHOW_MODEL, model)
+    assert route(method, "/v1/models/org/name").model == "org/name"
 
 
 @pytest.mark.parametrize("target", ["/health", "/v1/models"])
