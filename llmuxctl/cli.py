@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from llmuxctl.client import Failed
-from llmuxctl.commands import config, doctor, doing, seeing
+from llmuxctl.commands import config, doctor, doing, key, saving, seeing
 from llmuxctl.session import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Session
 from llmuxd.protocol import CONTROL_SOCKET_ENV, Exit, default_control_socket
 from llmuxd.version import __version__
@@ -86,8 +86,12 @@ for _command in (
     doing.unpin,
     doing.mode,
     doing.eviction,
+    saving.checkpoint,
+    saving.restore,
+    saving.validate,
     doing.reload,
     config.config,
+    key.key,
     doctor.doctor,
 ):
     group.add_command(_command)

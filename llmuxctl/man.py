@@ -50,9 +50,18 @@ _TABLES = {
         "A table for each model. NAME is what clients put into the field `model`. A name with other characters than "
         'letters, digits, - and _ is quoted: [models."org/name"].',
     ),
+    "keys[]": (
+        "[[keys]]",
+        "A table for each key of a client; those of all files add up. With at least one of them every request needs a "
+        "key, as `Authorization: Bearer KEY` or `x-api-key: KEY`, but for GET /health and OPTIONS. `llmuxctl key new` "
+        "makes keys.",
+    ),
     "policy": ("[policy]", "Which model is next, and how a switch goes."),
-    "checkpoint": ("[checkpoint]", "The tools and folders of checkpoints: read and checked, not used yet."),
-    "checkpoint.object_store": ("[checkpoint.object_store]", "An S3-compatible store for images."),
+    "checkpoint": ("[checkpoint]", "The tools and folders for suspending and saving engines."),
+    "checkpoint.object_store": (
+        "[checkpoint.object_store]",
+        "An S3-compatible store: images are sent there after they were made, and fetched before they are restored.",
+    ),
 }
 
 _EVICTION = (
@@ -61,9 +70,20 @@ _EVICTION = (
     ("retain+keep_running", "Weights stay on the device, scheduling is paused: at once, and no memory is freed."),
     ("offload+stop, discard+stop, retain+stop", "The process ends: everything is free, the next start is a cold one."),
     (
-        "...+cuda_suspend, ...+checkpoint",
-        "Meant to move the process off the device by cuda-checkpoint, or to disk by CRIU: not supported yet, and "
-        "carried out as a stop.",
+        "...+cuda_suspend",
+        "The weights as above; then the process is moved off its devices by cuda-checkpoint, into host memory: nothing "
+        "stays on them.",
+    ),
+    (
+        "...+checkpoint",
+        "The weights as above; then the process is saved to an image by CRIU, and ends: devices and host memory are "
+        "free, and the next request restores it. An image that does not fit any more is refused, and the engine starts "
+        "cold.",
+    ),
+    (
+        "auto",
+        "Each time the cheapest of them, by the measured times, the host memory and the disk that there are, and how "
+        "soon the model will be wanted. `llmuxctl status --json` says which one, and why.",
     ),
 )
 
@@ -188,6 +208,10 @@ def _client_end(page: Page) -> None:
     page.example(["llmuxctl pin qwen", "llmuxctl unpin"])
     page.text("See what a changed configuration would do, and apply it:")
     page.example(["llmuxctl config check", "llmuxctl config diff", "llmuxctl reload"])
+    page.text(
+        "Give a client a key of its own: the key to the client, the table that is printed with it into the config:"
+    )
+    page.example(["llmuxctl key new alice --models qwen --requests-per-minute 60", "llmuxctl reload"])
     page.text("Find out why a new box does not serve:")
     page.example(["llmuxctl doctor"])
 
@@ -316,7 +340,7 @@ def _llmux_toml(date: str) -> Page:
     page.heading("EVICTION")
     page.text(
         "What becomes of a model that has to go, written WEIGHTS+PROCESS, or as a table with the keys `weights` and "
-        "`process`.",
+        "`process`; or `auto`. One that fails ends in a stop. `llmuxctl validate` tries them.",
     )
     for words, meaning in _EVICTION:
         page.item(bold(words), meaning)
@@ -345,6 +369,10 @@ def _toml_examples(page: Page) -> None:
             'eviction = "discard+keep_running"',
             "ttl_secs = 3600",
         ]
+    )
+    page.text("Requests need a key, and this one may not be used without end (`llmuxctl key new` makes both):")
+    page.example(
+        ["[[keys]]", 'name = "alice"', f'sha256 = "{"0" * 64}"', "requests_per_minute = 60", "max_parallel = 4"]
     )
     page.text("Long answers do not hold up those who wait for another model:")
     page.example(["[policy]", 'in_flight = "park"'])

@@ -23,6 +23,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _COLOURS = {
     "awake": "green",
     "asleep": "blue",
+    "checkpointed": "blue",
     "failed": "red",
     "starting": "yellow",
     "waking": "yellow",
@@ -113,7 +114,7 @@ def model_row(name: str, model: dict[str, Any]) -> list[str]:
         state,
         model["in_flight"],
         model["queued"],
-        model["eviction"],
+        f"auto: {model['eviction']}" if model.get("auto") else model["eviction"],
         model["pid"] or "-",
         duration(time.time() - model["since"]),
     )

@@ -26,6 +26,7 @@ COMPLETION_SECS = 0.3
 # llmuxd.core.eviction has them as enums; a test holds the two together.
 WEIGHTS = ("retain", "offload", "discard")
 PROCESSES = ("keep_running", "cuda_suspend", "checkpoint", "stop")
+AUTO = "auto"
 EVICTIONS = tuple(f"{weights}+{process}" for weights in WEIGHTS for process in PROCESSES)
 
 
@@ -61,6 +62,34 @@ class Eviction(_Word):
 
 MODEL = ModelName()
 EVICTION = Eviction()
+
+
+class EvictionOrAuto(Eviction):
+    """The same, or `auto`."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        auto = [CompletionItem(AUTO)] if AUTO.startswith(incomplete) else []
+        return [*auto, *super().shell_complete(ctx, param, incomplete)]
+
+
+class Evictions(_Word):
+    """Several eviction policies, with commas between them."""
+
+    name = "evictions"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        before, comma, last = incomplete.rpartition(",")
+        there = before.split(",")
+        words = (word for word in EVICTIONS if word.startswith(last) and word not in there)
+        return [CompletionItem(f"{before}{comma}{word}") for word in words]
+
+
+EVICTION_OR_AUTO = EvictionOrAuto()
+SEVERAL_EVICTIONS = Evictions()
 
 
 def _socket_of(ctx: click.Context) -> str:

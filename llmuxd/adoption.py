@@ -52,6 +52,9 @@ class _Found:
                 self.state = await self.engine.adopt(self.entry.state, self.entry.asleep_by)
             except EngineError as error:
                 self.problem = error.reason
+        log.debug(
+            "%s: found its engine, %s", self.name, self.problem or (self.state.value if self.state is not None else "")
+        )
 
     def event(self) -> e.EngineAdopted:
         record, state = self.entry.record, self.state

@@ -21,6 +21,8 @@ from llmuxd.core.switcher import Switcher
 from llmuxd.logs import about
 from llmuxd.metrics import Metrics, build_metrics
 from llmuxd.proxy import Limits, build_proxy
+from llmuxd.proxy.access import Writer, log_each
+from llmuxd.proxy.handler import PROXY
 from llmuxd.reloader import Reloader
 from llmuxd.runtime import Runtime
 from llmuxd.steering import Steering
@@ -43,11 +45,14 @@ class App:
     reloader: Reloader
 
     async def adopt(self, entries: Mapping[str, Entry]) -> None:
-        """Take over the engines that an earlier daemon has left, by what its state file says of them.
+        """Take over the engines that an earlier daemon has left, by what its state file says of them, and the images.
 
         What cannot be taken over is ended. To be called before anything else.
         """
         await adopt_engines(self.runtime, dict(entries))
+        for engine in self.runtime.engines.values():
+            await engine.tidy_images()
+        await self.runtime.images.find(list(self.runtime.engines))
 
     def reload(self, config: Config) -> list[Change]:
         """Take over a new config, as far as that is possible while running; the differences.
@@ -65,21 +70,25 @@ class App:
         await self.runtime.shut_down(timeout)
 
 
-def build_app(config: Config, config_path: Path | None = None, book: Book | None = None) -> App:
+def build_app(
+    config: Config, config_path: Path | None = None, book: Book | None = None, write_log: Writer = log_each
+) -> App:
     """The stack that `config` describes. Nothing is started and nothing listens yet.
 
     With a `book` the engines can be found again by a later stack. `config_path` is what a reload reads; without it
-    there is none by the control socket. Use it, and call it, in one running event loop. Raises PolicyBroken.
+    there is none by the control socket. `write_log` writes the access log, by default to the logger `llmuxd.access`.
+    Use it, and call it, in one running event loop. Raises PolicyBroken.
     """
     metrics = Metrics()
     runtime = Runtime(config, metrics, book=book)
-    limits = Limits(config.max_body_bytes, config.heartbeat_secs)
-    reloader = Reloader(config_path, runtime, limits)
+    proxy = build_proxy(runtime.gate, Limits.of(config), metrics, write_log)
+    proxy[PROXY].reload(config)
+    runtime.before_saving.append(proxy[PROXY].close_idle)
+    reloader = Reloader(config_path, runtime, proxy[PROXY])
     steering = Steering(runtime, reloader)
-    proxy = build_proxy(runtime.gate, limits, metrics)
 
     async def begin(_proxy: web.Application) -> None:
-        runtime.self_check.start()
+        runtime.start()
 
     proxy.on_startup.append(begin)
     return App(

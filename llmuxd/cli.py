@@ -6,6 +6,7 @@ Exit codes: 0 stopped as asked, 1 cannot serve here, 2 usage or config, 75 the e
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,6 +19,8 @@ from llmuxd.version import __version__
 
 if TYPE_CHECKING:
     from llmuxd.daemon import Ending
+
+log = logging.getLogger("llmuxd")
 
 EXIT_CANNOT_SERVE = 1
 EXIT_BAD_CONFIG = 2
@@ -103,11 +106,32 @@ def _stop_engines() -> None:
     click.echo(f"{ended} {'engine' if ended == 1 else 'engines'} ended" if ended else "no engines are there")
 
 
+def _run(serving: Coroutine[Any, Any, Ending]) -> Ending:
+    """In uvloop's event loop, if that is installed: it takes half the time for the same work."""
+    try:
+        import uvloop
+    except ImportError:
+        log.debug("event loop: asyncio")
+        return asyncio.run(serving)
+    log.debug("event loop: uvloop")
+    # asyncio.Runner came with Python 3.11, uvloop.run with uvloop 0.18.
+    loop = uvloop.new_event_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        ending: Ending = loop.run_until_complete(serving)
+        return ending
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
 def _serving(serving: Coroutine[Any, Any, Ending]) -> None:
     from llmuxd.daemon import CannotServe, Ending
 
     try:
-        how = asyncio.run(serving)
+        how = _run(serving)
     except CannotServe as error:
         click.echo(f"llmuxd: {error}", err=True)
         sys.exit(EXIT_CANNOT_SERVE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -20,12 +21,14 @@ from aiohttp import web
 
 from llmuxd.app import App, build_app, run_warmup
 from llmuxd.book import Book
-from llmuxd.config import DEFAULT_LISTEN, DEFAULT_PORT, Config
+from llmuxd.config import DEFAULT_LISTEN, DEFAULT_PORT, Config, is_loopback
 from llmuxd.control import serve_control
 from llmuxd.control.api import BadConfig, ControlFailed
+from llmuxd.core.engine_state import EngineState
 from llmuxd.core.events import HandOver
 from llmuxd.core.state import WITHOUT_PROCESS
 from llmuxd.listening import CannotListen, bind, inherited, is_for
+from llmuxd.logs import access_writer
 from llmuxd.policies import PolicyBroken
 from llmuxd.proxy import Site, serve_proxy
 from llmuxd.service import Service, status_line
@@ -33,6 +36,9 @@ from llmuxd.service import Service, status_line
 log = logging.getLogger("llmuxd")
 
 _T = TypeVar("_T")
+
+GC_THRESHOLD = 10_000
+"""New objects from one look at the youngest to the next; Python's own 700 are those of 15 requests."""
 
 LOCK_NAME = "llmuxd.lock"
 
@@ -69,7 +75,7 @@ async def serve(
         book = Book(config.state_dir)
         entries = book.load()
         try:
-            app = build_app(config, config_path, book)
+            app = build_app(config, config_path, book, access_writer(os.environ))
         except (ValueError, PolicyBroken) as error:
             raise CannotServe(str(error)) from error
         app.runtime.self_check.start()
@@ -89,14 +95,17 @@ async def serve(
             if config.warmup and not await _warm_up(app, signals):
                 return await ending
         if app.metrics is not None:
-            stack.push_async_callback(await _serve_metrics(app.metrics, metrics_sockets))
+            metrics = _serve_metrics(app.metrics, metrics_sockets)
+            stack.push_async_callback(await _listen(metrics, _url_of(metrics_sockets[-1])))
         # Others may have bound it as well, and listen since.
         site = await _listen(serve_proxy(app.proxy, sockets=sockets), _url_of(sockets[-1]))
         stack.push_async_callback(site.close)
         signals.site = site
         log.info("serving %d models on %s", len(config.models), ", ".join(map(_url_of, sockets)))
+        _warn_if_open(config, sockets)
+        _spare_collections()
         service.ready()
-        signals.reload_by(partial(_reload, app, service))
+        signals.reload_by(partial(_reload, app, service, sockets))
         if on_ready is not None:
             on_ready(app, site.port)
         how = await ending
@@ -141,6 +150,20 @@ def _sockets_for_api(config: Config) -> list[socket.socket]:
 def _url_of(one: socket.socket) -> str:
     host, port = one.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _spare_collections() -> None:
+    """Look for garbage less often: what is there by now stays, and requests end without leaving any."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
+
+
+def _warn_if_open(config: Config, sockets: list[socket.socket]) -> None:
+    """The config's own warning does not know the sockets that systemd holds."""
+    addresses = [one.getsockname()[0] for one in sockets]
+    if not config.keys and is_loopback(config.listen) and not all(map(is_loopback, addresses)):
+        log.warning("anyone who reaches %s may use the models; see keys", ", ".join(map(_url_of, sockets)))
 
 
 def _close_all(sockets: list[socket.socket]) -> None:
@@ -242,10 +265,11 @@ async def _end_when_asked(app: App, signals: _Signals, service: Service) -> Endi
     return how
 
 
-async def _reload(app: App, service: Service) -> None:
+async def _reload(app: App, service: Service, sockets: list[socket.socket]) -> None:
     service.reloading()
     try:
         await app.reloader.reload()
+        _warn_if_open(app.runtime.config, sockets)
     except BadConfig as bad:
         service.status(f"the config was not reloaded: {str(bad).splitlines()[0]}")
     finally:
@@ -261,7 +285,12 @@ async def _finish(ending: asyncio.Task[Ending], signals: _Signals) -> None:
 async def _warm_up(app: App, signals: _Signals) -> bool:
     """Warm every model that has no engine yet; False if asked to end meanwhile. One that fails does not keep the others
     from serving."""
-    cold = [model.name for model in app.switcher.state.models.values() if model.state in WITHOUT_PROCESS]
+    # One that was saved is as warm as it was then.
+    cold = [
+        model.name
+        for model in app.switcher.state.models.values()
+        if model.state in WITHOUT_PROCESS and model.state is not EngineState.CHECKPOINTED
+    ]
     warming = asyncio.create_task(run_warmup(app, models=cold))
     asked = asyncio.create_task(signals.asked.wait())
     await asyncio.wait([warming, asked], return_when=asyncio.FIRST_COMPLETED)
@@ -277,6 +306,8 @@ async def _serve_metrics(app: web.Application, sockets: list[socket.socket]) -> 
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     for one in sockets:
+        # uvloop would log that it cannot, and go on.
+        one.listen()
         await web.SockSite(runner, one).start()
     return runner.cleanup
 

@@ -1,6 +1,6 @@
 """The gate between the proxy and the core: a ticket for each request, from its submission to its one end.
 
-The proxy awaits a ticket and reports what becomes of it; the runtime tells the gate what the core commands. No
+The proxy asks a ticket and reports what becomes of it; the runtime tells the gate what the core commands. No
 decision is made here: submitting, retrying, finishing and leaving are events, and the core's answer to each of them
 comes back before the call returns.
 """
@@ -66,29 +66,57 @@ class ServedModel:
     root: str
 
 
+Decision = Grant | Refused
+"""What becomes of a request that was submitted."""
+
+
 class Ticket:
-    """One request's place. It ends by `finish`, `left`, a Refused from `admitted`, or `on_abort`."""
+    """One request's place. It ends by `finish`, `left`, a Refused for its decision, or `on_abort`."""
+
+    __slots__ = ("_decision", "_gate", "_tell", "id", "model", "on_abort")
 
     def __init__(self, gate: Gate, id_: int, model: str) -> None:
         self._gate = gate
         self.id = id_
         self.model = model
         self.on_abort: Callable[[Refused], None] | None = None
-        self._grant: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        """Called a moment after a request that was forwarded has been ended by the core."""
+        self._decision: Decision | None = None
+        self._tell: Callable[[Decision], None] | None = None
+
+    def when_decided(self, tell: Callable[[Decision], None]) -> None:
+        """Call this, at once if it is known already, with the permission to forward the request or the refusal.
+
+        After a refusal the ticket has ended.
+        """
+        if self._decision is not None:
+            tell(self._decision)
+        else:
+            self._tell = tell
 
     async def admitted(self) -> Grant:
         """Wait until the request may be forwarded. Raises Refused, and then the ticket has ended."""
-        return await self._grant
+        decided: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        self.when_decided(decided.set_result)
+        decision = await decided
+        if isinstance(decision, Refused):
+            raise decision
+        return decision
 
     def outlook(self) -> Outlook | None:
         """What it can expect while it waits; None once it does not."""
         return self._gate.outlook(self.id)
 
-    def retry(self) -> None:
-        """The engine went away before the first byte of its answer: await `admitted` again, it says what follows."""
+    def retry(self, tell: Callable[[Decision], None]) -> None:
+        """The engine went away before the first byte of its answer: it is decided anew what follows.
+
+        If the ticket has ended meanwhile, it has been told, or will be.
+        """
         if self._gate.holds(self):
-            self._grant = asyncio.get_running_loop().create_future()
+            self._decision = None
+            self._tell = None
             self._gate.post(e.RequestBounced(self.id))
+            self.when_decided(tell)
 
     def finish(self, ok: bool) -> None:
         """The answer is complete, or (`ok` false) broke off."""
@@ -100,19 +128,18 @@ class Ticket:
         if self._gate.drop(self):
             self._gate.post(e.ClientLeft(self.id))
 
-    def grant(self, grant: Grant) -> None:
-        """Called by the gate: the request may be forwarded."""
-        # Whoever awaited it may have been cancelled, and has not come to say `left` yet.
-        if not self._grant.done():
-            self._grant.set_result(grant)
+    # Called by the gate, in the middle of the core's work: what others do about it they do in the loop's next turn.
 
-    def refuse(self, refused: Refused) -> None:
-        """Called by the gate: the request ends without an answer of its engine."""
-        if not self._grant.done():
-            self._grant.set_exception(refused)
-            self._grant.exception()  # Marked as seen: the client may have gone before it is awaited.
-        elif self.on_abort is not None:
-            self.on_abort(refused)
+    def decide(self, decision: Decision) -> None:
+        """This becomes of it."""
+        forwarded = isinstance(self._decision, Grant)
+        self._decision = decision
+        if forwarded:
+            if isinstance(decision, Refused) and self.on_abort is not None:
+                asyncio.get_running_loop().call_soon(self.on_abort, decision)
+        elif self._tell is not None:
+            tell, self._tell = self._tell, None
+            asyncio.get_running_loop().call_soon(tell, decision)
 
 
 class Gate:
@@ -143,11 +170,14 @@ class Gate:
         """The configured model that a client's name stands for; None if there is none."""
         return self._models.get(name)
 
-    def submit(self, model: str, *, patient: bool = False, most_wait: float | None = None) -> Ticket:
-        """Accept a request for a configured model. The ticket's `admitted` says what becomes of it."""
+    def __contains__(self, name: object) -> bool:
+        return name in self._models
+
+    def submit(self, model: str, *, patient: bool = False, most_wait: float | None = None, priority: int = 0) -> Ticket:
+        """Accept a request for a configured model. The ticket says what becomes of it."""
         ticket = Ticket(self, next(self._ids), model)
         self._tickets[ticket.id] = ticket
-        self.post(e.RequestArrived(ticket.id, model, patient, most_wait))
+        self.post(e.RequestArrived(ticket.id, model, patient, most_wait, priority))
         return ticket
 
     def holds(self, ticket: Ticket) -> bool:
@@ -162,16 +192,16 @@ class Gate:
 
     def forward(self, command: c.Forward, endpoint: Endpoint) -> None:
         grant = Grant(endpoint, command.model, command.queue_secs, command.switch_secs)
-        self._tickets[command.request].grant(grant)
+        self._tickets[command.request].decide(grant)
 
     def fail(self, request: int) -> None:
         """End a request that nothing will come of, for a fault that is ours; if it has not ended."""
         ticket = self._tickets.pop(request, None)
         if ticket is not None:
-            ticket.refuse(Refused(500, "internal_error", "server_error", "internal error"))
+            ticket.decide(Refused(500, "internal_error", "server_error", "internal error"))
 
     def end(self, command: c.Refuse | c.Abort) -> None:
         """Refuse a request, or break it off."""
         retry_after = command.retry_after if isinstance(command, c.Refuse) else None
         ticket = self._tickets.pop(command.request)
-        ticket.refuse(Refused.by(command.refusal, command.message, retry_after))
+        ticket.decide(Refused.by(command.refusal, command.message, retry_after))

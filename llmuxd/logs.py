@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmuxd.proxy.access import Call, Writer
 
 STDERR = 2
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -24,15 +29,41 @@ def set_up(level: str, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _journal_handler(environ: Mapping[str, str], descriptor: int = STDERR) -> logging.Handler | None:
-    """If standard error is the journal, and python3-systemd is there."""
+    journal = _journal(environ, descriptor)
+    if journal is None:
+        return None
+    handler: logging.Handler = journal.JournalHandler(SYSLOG_IDENTIFIER="llmuxd")
+    return handler
+
+
+def _journal(environ: Mapping[str, str], descriptor: int) -> Any:
+    """The module that writes to it, if standard error is the journal and python3-systemd is there; else None."""
     if not is_journal(environ.get("JOURNAL_STREAM", ""), descriptor):
         return None
     try:
-        from systemd.journal import JournalHandler
+        from systemd import journal
     except ImportError:
         return None
-    handler: logging.Handler = JournalHandler(SYSLOG_IDENTIFIER="llmuxd")
-    return handler
+    return journal
+
+
+def access_writer(environ: Mapping[str, str] = os.environ, descriptor: int = STDERR) -> Writer:
+    """What writes the access log where the rest of the log goes: lines, many at once, or entries of the journal."""
+    if (journal := _journal(environ, descriptor)) is not None:
+
+        def to_journal(calls: Sequence[Call]) -> None:
+            for call in calls:
+                journal.send(call.line(), SYSLOG_IDENTIFIER="llmuxd", PRIORITY="6", **call.journal_fields())
+
+        return to_journal
+
+    def to_descriptor(calls: Sequence[Call]) -> None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        lines = memoryview("".join(f"{now} {call.line()}\n" for call in calls).encode())
+        while lines:
+            lines = lines[os.write(descriptor, lines) :]
+
+    return to_descriptor
 
 
 def is_journal(stream: str, descriptor: int = STDERR) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from llmuxd.config import Change, Config, ConfigError, changes, load_config
 from llmuxd.control.api import BadConfig
 from llmuxd.policies import PolicyBroken
-from llmuxd.proxy import Limits
+from llmuxd.proxy.handler import Proxy
 from llmuxd.runtime import Runtime
 
 log = logging.getLogger("llmuxd")
@@ -23,10 +23,10 @@ log = logging.getLogger("llmuxd")
 class Reloader:
     """Reloads the config of one stack; `path` is None where it did not come from a file."""
 
-    def __init__(self, path: Path | None, runtime: Runtime, limits: Limits) -> None:
+    def __init__(self, path: Path | None, runtime: Runtime, proxy: Proxy) -> None:
         self._path = path
         self._runtime = runtime
-        self._limits = limits
+        self._proxy = proxy
         self._one_at_a_time = asyncio.Lock()
 
     async def reload(self) -> list[Change]:
@@ -62,8 +62,7 @@ class Reloader:
             self._runtime.reload(config)
         except (PolicyBroken, ValueError) as error:
             raise BadConfig(str(error)) from error
-        self._limits.max_body_bytes = config.max_body_bytes
-        self._limits.heartbeat_secs = config.heartbeat_secs
+        self._proxy.reload(config)
         return found
 
     async def _read(self) -> Config:

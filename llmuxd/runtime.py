@@ -20,16 +20,22 @@ from llmuxd.config import Config
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState
+from llmuxd.core.eviction import ProcessStrategy
 from llmuxd.core.outlook import Outlook, outlook_of
 from llmuxd.core.state import WITHOUT_PROCESS, IllegalEvent, Model, check_placement
+from llmuxd.depot import Depot
 from llmuxd.engine import Engine, EngineError, engine_spec
 from llmuxd.engine.cgroup import Cgroup, delegated, group_of
 from llmuxd.engine.spec import slug
+from llmuxd.engine.tools import Tools
 from llmuxd.gate import Gate
+from llmuxd.imagewatch import ImageWatch
+from llmuxd.logs import about
 from llmuxd.metrics import Metrics
 from llmuxd.notices import log_notice
+from llmuxd.resources import Surveyor, usable
 from llmuxd.selfcheck import SelfCheck
-from llmuxd.specs import build_switcher, model_specs, policy_of, served_models, settings_of
+from llmuxd.specs import build_switcher, model_specs, policy_of, served_models, settings_of, tools_of
 
 log = logging.getLogger("llmuxd")
 
@@ -64,9 +70,16 @@ class Runtime:
         self.adopting: set[str] = set()
         """Models whose entries in the book are of engines that have not been looked at yet."""
         self.engines: dict[str, Engine] = {}
+        self.images = ImageWatch(self.switcher.state, self.engines, Depot(config.checkpoint), self.post, self._tell_of)
+        self._note_wait: dict[str, Callable[[float], None]] = {}
+        """By model: tells the metrics how long a request was queued. To look it up there takes longer than to do it."""
         for name in config.models:
             self._add(name)
-        self.watchers: list[Callable[[c.Notice], None]] = [self.metrics.notice]
+        self.watchers: list[Callable[[c.Notice], None]] = [self.images.notice, self.metrics.notice]
+        self.tellers: list[Callable[[str, str], None]] = []
+        """Called with a model and a sentence, about what takes long."""
+        self.before_saving: list[Callable[[], None]] = []
+        """Called before an engine is saved to an image: nobody may be connected to it then."""
         self.all_stopped = asyncio.Event()
         self.handed_over = asyncio.Event()
         self.left = False
@@ -79,15 +92,30 @@ class Runtime:
         self._jobs: dict[int, asyncio.Future[JobResult]] = {}
         self._last_job = 0
         self.self_check = SelfCheck(self.switcher, self.post, self.clock, self.metrics)
+        self._surveyor = Surveyor(self.switcher.state, self.engines, self.post)
 
     def _add(self, name: str) -> None:
         """Be ready to start the engine of a model that is in the config and in the core."""
         spec = engine_spec(self.config, self.config.models[name])
         group = None if self._cgroups is None else Cgroup(group_of(self._cgroups, spec.owner, slug(name, 64)))
-        self.engines[name] = Engine(spec, self._death_of(name), partial(self.note, name), group)
+        self._note_wait[name] = self.metrics.queue_wait.labels(name).observe
+        self.engines[name] = Engine(spec, self._death_of(name), partial(self.note, name), group, self._tools_of(name))
         model = self.switcher.state.models[name]
         # A model's queue may be replaced, so that it is looked up each time.
         self.metrics.add_model(name, partial(_in_flight, model), partial(_queued, model), partial(_parked, model))
+
+    def _tools_of(self, name: str) -> Tools:
+        model = self.config.models[name]
+        return tools_of(self.config, model, self.images.depot, self._before_saving, partial(self._tell_of, name))
+
+    def _before_saving(self) -> None:
+        for call in self.before_saving:
+            call()
+
+    def _tell_of(self, model: str, text: str) -> None:
+        log.info("%s: %s", model, text, extra=about(model))
+        for tell in self.tellers:
+            tell(model, text)
 
     # The single writer
 
@@ -127,7 +155,7 @@ class Runtime:
             self._give_up(event, f"internal error: {error!r}")
             return
         self.self_check.handled(event, commands, now)
-        if self.book is not None:
+        if self.book is not None and self.book.mode is not self.switcher.mode:
             self.book.set_mode(self.switcher.mode)
         for command in commands:
             try:
@@ -151,12 +179,14 @@ class Runtime:
 
     def _begin(self, command: c.Command) -> None:
         if isinstance(command, c.Forward):
-            self.metrics.queue_wait.labels(command.model).observe(command.queue_secs)
+            self._note_wait[command.model](command.queue_secs)
             self.gate.forward(command, self.engines[command.model].endpoint)
         elif isinstance(command, (c.Refuse, c.Abort)):
             self.gate.end(command)
         elif isinstance(command, (c.StartEngine, c.SleepEngine, c.WakeEngine, c.StopEngine)):
             self._operate(command)
+        elif isinstance(command, c.RefuseImage):
+            self.engines[command.model].refuse_image(command.reason)
         elif isinstance(command, c.JobDone):
             self._jobs.pop(command.job).set_result(JobResult(True, command.message))
         elif isinstance(command, c.JobFailed):
@@ -283,18 +313,28 @@ class Runtime:
         models, policy = model_specs(config), policy_of(config)
         for model in models:
             check_placement(model, self.switcher.state.devices)
+        if self.config.checkpoint.object_store != config.checkpoint.object_store:
+            self.images.depot.close()
+            self.images.depot = Depot(config.checkpoint)
+        elsewhere = {
+            name
+            for name in self.engines.keys() & engines.keys()
+            if _images_of(self.config, name) != _images_of(config, name)
+        }
         self.config = config
         changed = set()
         for name in self.engines.keys() & engines.keys():
             engine, before = self.engines[name], self.engines[name].spec
             engine.spec = engines[name]
+            engine.tools = self._tools_of(name)
             mended = self.switcher.state.models[name].state in WITHOUT_PROCESS and before != engine.spec
             if engine.outdated or mended:
                 changed.add(name)
         self.post(e.Reload(models, settings_of(config), policy, frozenset(changed)))
-        for name in engines:
-            if name not in self.engines:
-                self._add(name)
+        new = [name for name in engines if name not in self.engines]
+        for name in new:
+            self._add(name)
+        self.images.look({*new, *elsewhere})
         self.gate.serve(served_models(config))
 
     async def hand_over(self, timeout: float) -> None:
@@ -325,8 +365,20 @@ class Runtime:
         said.cancel()
         return event.is_set()
 
+    def start(self) -> None:
+        """Begin what goes on by itself, in the running event loop."""
+        self.self_check.start()
+        self._surveyor.start(lambda: self.config)
+        self.images.start()
+
+    def usable(self) -> frozenset[ProcessStrategy]:
+        """What can be done here with the process of an engine that is evicted."""
+        return usable(self.config)
+
     def _be_still(self) -> None:
         self.self_check.stop()
+        self._surveyor.stop()
+        self.images.stop()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -364,6 +416,8 @@ async def _carry_out(command: c.EngineCommand, engine: Engine) -> e.EngineEvent:
         await engine.sleep(command.eviction, command.mode.value, command.timeout)
         return e.EngineSlept(model, op)
     if isinstance(command, c.WakeEngine):
+        if command.eviction.process is ProcessStrategy.CHECKPOINT:
+            return e.EngineWoke(model, op, await engine.restore(op, command.timeout))
         await engine.wake(command.eviction, command.timeout)
         return e.EngineWoke(model, op)
     await engine.stop(command.grace)
@@ -373,6 +427,12 @@ async def _carry_out(command: c.EngineCommand, engine: Engine) -> e.EngineEvent:
 async def _go_on_starting(model: str, op: int, engine: Engine, timeout: float) -> e.EngineEvent:
     info = await engine.go_on(timeout)
     return e.EngineStarted(model, op, info.can_park, info.can_sleep)
+
+
+def _images_of(config: Config, model: str) -> tuple[object, ...]:
+    """Where the images of a model are."""
+    checkpoint = config.checkpoint
+    return checkpoint.images_dir, checkpoint.object_store, config.models[model].checkpoint_path
 
 
 def _in_flight(model: Model) -> float:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmuxd.book import Book
-from llmuxd.config import Config, PolicyConfig
+from llmuxd.config import Config, ModelConfig, PolicyConfig
 from llmuxd.core.policy import Policy
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
 from llmuxd.core.state import SwitchMode
 from llmuxd.core.switcher import Switcher
+from llmuxd.depot import Depot
+from llmuxd.engine.criu import Criu
+from llmuxd.engine.cuda import CudaCheckpoint
+from llmuxd.engine.images import Image, Images
+from llmuxd.engine.spec import OWNER_ENV, slug
+from llmuxd.engine.tools import Tools
 from llmuxd.gate import ServedModel
 from llmuxd.policies import build_policy
 
@@ -63,12 +71,26 @@ def policy_of(config: Config) -> Policy:
     return build_policy(config.policy.policy_type, config.policy.parameters)
 
 
+def tools_of(
+    config: Config, model: ModelConfig, depot: Depot, before_saving: Callable[[], None], tell: Callable[[str], None]
+) -> Tools:
+    """What the engine of a model is suspended and saved with."""
+    checkpoint = config.checkpoint
+    criu = Criu(checkpoint.criu_path, checkpoint.cuda_plugin_dir, {OWNER_ENV: str(config.state_dir)})
+    images = Images(checkpoint.images_dir / slug(model.name, 64), criu, checkpoint.keep_images, model.checkpoint_path)
+
+    async def fetch(local: Image | None, timeout: float) -> None:
+        await depot.fetch(model.name, images.folder, local, min(timeout, config.wake_timeout_secs / 2), tell)
+
+    return Tools(CudaCheckpoint(checkpoint.cuda_checkpoint_path), images, before_saving, tell, fetch)
+
+
 def served_models(config: Config) -> list[ServedModel]:
     """Every name that clients may use, aliases included."""
     return [
         ServedModel(name, model.name, model.model_path)
         for model in config.models.values()
-        for name in (model.name, *model.aliases)
+        for name in (model.name, *model.further_names)
     ]
 
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmuxd import saving
 from llmuxd.config import describe
 from llmuxd.control.api import ControlFailed, NotAllowed, Progress, UnknownModel
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.engine_state import EngineState
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.eviction import Auto, EvictionPolicy
 from llmuxd.core.state import WITHOUT_PROCESS, Model
 from llmuxd.engine import EngineError
+from llmuxd.engine.images import Image
 from llmuxd.gate import Refused
 from llmuxd.reloader import Reloader
 from llmuxd.runtime import Runtime
@@ -44,6 +46,7 @@ class Steering:
         self._reloader = reloader
         self._state = runtime.switcher.state
         self._began = time.time()
+        self._left: set[asyncio.Task[None]] = set()
 
     # Seeing
 
@@ -104,6 +107,8 @@ class Steering:
             "in_flight": len(model.in_flight),
             "queued": len(model.queue),
             "eviction": str(model.eviction),
+            "auto": None if model.choice is None else {"chosen": str(model.eviction), "why": model.choice.why},
+            "image": _image(engine.last_image),
             "asleep_by": None if model.asleep_by is None else str(model.asleep_by),
             "pid": engine.pid if alive else None,
             "endpoint": _endpoint(engine.endpoint),
@@ -140,6 +145,7 @@ class Steering:
                 m.name: {
                     "eviction": {"weights": m.eviction.weights.value, "process": m.eviction.process.value},
                     "process_state": m.state.value,
+                    "auto": m.auto,
                 }
                 for m in self._state.models.values()
             }
@@ -191,11 +197,36 @@ class Steering:
         self._runtime.post(e.SetMode(mode == "manual"))
         return {"message": f"{mode} mode"}
 
-    def set_eviction(self, model: str, eviction: EvictionPolicy) -> dict[str, Any]:
+    def set_eviction(self, model: str, eviction: EvictionPolicy | Auto) -> dict[str, Any]:
         """Until the daemon ends; the config is not written."""
         name = self._known(model)
         self._runtime.post(e.SetEviction(name, eviction))
-        return {"message": f"{name} is evicted by {eviction}"}
+        chosen = self._state.models[name]
+        if chosen.choice is None:
+            return {"message": f"{name} is evicted by {eviction}"}
+        return {"message": f"the eviction of {name} is chosen each time, now {chosen.eviction}: {chosen.choice.why}"}
+
+    async def checkpoint(
+        self, model: str, eviction: EvictionPolicy | None, warmup: bool, progress: Progress
+    ) -> dict[str, Any]:
+        """Bring the model up, with one inference if it is to be warm, and save its engine to an image."""
+        return await saving.save(self, self._runtime, self._known(model), eviction, warmup, progress)
+
+    async def restore(self, model: str, detached: bool, progress: Progress) -> dict[str, Any]:
+        """Restore the model's engine from its image; `detached` does not wait for it."""
+        return await saving.restore(self, self._runtime, self._known(model), detached, progress)
+
+    async def validate(
+        self, model: str, policies: Sequence[EvictionPolicy] | None, progress: Progress
+    ) -> dict[str, Any]:
+        """Try the policies, or all that the box can do: a row for each. Raises ControlFailed if one does not pass."""
+        return await saving.try_all(self, self._runtime, self._known(model), policies, progress)
+
+    def leave(self, work: Coroutine[Any, Any, dict[str, Any]]) -> None:
+        """Have a job go on without anybody who waits for it."""
+        task = asyncio.get_running_loop().create_task(_left_alone(work))
+        self._left.add(task)
+        task.add_done_callback(self._left.discard)
 
     async def reload(self, progress: Progress) -> dict[str, Any]:
         """Read the config anew and take over what differs. Raises BadConfig, and nothing has changed then."""
@@ -230,16 +261,26 @@ class Steering:
 
     async def _warm(self, model: str, progress: Progress) -> None:
         await self.wake(model, progress)
+        await self.infer(model, progress)
+        await self.sleep(model, None, progress)
+
+    async def infer(self, model: str, progress: Progress) -> None:
+        """One inference, in its turn. Raises Refused or EngineError."""
+        async with self.turn_of(model):
+            progress({"event": "inference", "model": model, "text": f"{model}: one inference"})
+            await self._runtime.engines[model].infer(self._runtime.config.wake_timeout_secs)
+
+    @asynccontextmanager
+    async def turn_of(self, model: str) -> AsyncIterator[None]:
+        """Have a request of our own for the model in flight meanwhile, as a client would. Raises Refused."""
         ticket = self._runtime.gate.submit(model, patient=True)
         try:
             await ticket.admitted()
-            progress({"event": "inference", "model": model, "text": f"{model}: one inference"})
-            await self._runtime.engines[model].infer(self._runtime.config.wake_timeout_secs)
+            yield
         except BaseException:
             ticket.left()
             raise
         ticket.finish(True)
-        await self.sleep(model, None, progress)
 
     # Helpers
 
@@ -274,6 +315,27 @@ class Steering:
 
 def _endpoint(endpoint: Any) -> str:
     return f"unix:{endpoint.uds}" if endpoint.uds is not None else str(endpoint.base_url)
+
+
+async def _left_alone(work: Coroutine[Any, Any, dict[str, Any]]) -> None:
+    try:
+        await work
+    except (ControlFailed, NotAllowed) as error:
+        log.warning("%s", error)
+
+
+def _image(image: Image | None) -> dict[str, Any] | None:
+    """An image in the status: sizes in bytes, times in Unix time."""
+    if image is None:
+        return None
+    manifest = image.manifest
+    return {
+        "generation": manifest.generation,
+        "created": manifest.created,
+        "size": manifest.size,
+        "eviction": str(manifest.eviction),
+        "folder": str(image.folder),
+    }
 
 
 def _describe(notice: c.Notice) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Two ways to wait."""
+"""Ways to wait, and to have something done that others do not wait for."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def poll(done: Callable[[], Coroutine[Any, Any, bool]], seconds: float) -> None:
@@ -26,3 +30,20 @@ async def finish(work: Coroutine[Any, Any, None], name: str) -> None:
             cancelled = True
     if cancelled:
         raise asyncio.CancelledError
+
+
+def in_thread(call: Callable[..., T], *args: object) -> Future[T]:
+    """Begin a call in a thread of its own, which the end of the program does not wait for, unlike a pool's."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = call(*args)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name=getattr(call, "__name__", "call"), daemon=True).start()
+    return future

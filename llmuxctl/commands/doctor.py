@@ -24,7 +24,7 @@ from llmuxd.protocol import DEFAULT_CONFIG_PATH, Exit
 @json_option
 @pass_session
 def doctor(session: Session, config_path: Path) -> None:
-    """Check this box, and say what to do: GPUs, vLLM, memory, disks, ports, the config, the service.
+    """Check this box, and say what to do: GPUs, vLLM, memory, disks, checkpoints, ports, the config, the service.
 
     Works without a daemon, and as any user; as root it sees more. Nothing is changed. Exit code 0 if nothing is
     wrong, 1 if something is.

@@ -13,33 +13,41 @@ from llmuxctl.changes import one_line
 from llmuxctl.client import Failed, failure_of
 from llmuxctl.output import Progress, clean, plain_table
 from llmuxctl.session import EXIT_INTERRUPTED, Session, json_option, pass_session
-from llmuxctl.words import EVICTION, MODEL
+from llmuxctl.words import EVICTION, EVICTION_OR_AUTO, MODEL
 
 
-def _run(session: Session, call: str, **body: Any) -> None:
+def run(session: Session, call: str, **body: Any) -> None:
     """Run a long operation and tell its steps and its result."""
-    last = _finish(session, call, **body)
+    last = finish(session, call, **body)
     if not session.as_json:
         print(clean(last["message"]))
 
 
-def _finish(session: Session, call: str, **body: Any) -> dict[str, Any]:
+def finish(session: Session, call: str, **body: Any) -> dict[str, Any]:
     """Run a long operation, telling its steps; returns the last one, which is good.
 
     Raises Failed if it does fail, or if Ctrl-C ends the waiting for it.
     """
-    steps = session.client.steps(call, **{key: value for key, value in body.items() if value is not None})
-    try:
-        last = _tell_json(steps) if session.as_json else _tell(steps)
-    except KeyboardInterrupt:
-        text = "\nNot waiting any more. What the daemon has begun goes on; `llmuxctl status` shows it."
-        raise Failed(EXIT_INTERRUPTED, text) from None
+    last = follow(session, call, **body)
     failure = failure_of(last)
     if failure is not None and session.as_json:
         click.get_current_context().exit(failure.exit_code)
     if failure is not None:
         raise failure
     return last
+
+
+def follow(session: Session, call: str, **body: Any) -> dict[str, Any]:
+    """Run a long operation, telling its steps; returns the last one, however it ended.
+
+    Raises Failed if Ctrl-C ends the waiting for it.
+    """
+    steps = session.client.steps(call, **{key: value for key, value in body.items() if value is not None})
+    try:
+        return _tell_json(steps) if session.as_json else _tell(steps)
+    except KeyboardInterrupt:
+        text = "\nNot waiting any more. What the daemon has begun goes on; `llmuxctl status` shows it."
+        raise Failed(EXIT_INTERRUPTED, text) from None
 
 
 def _tell_json(steps: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -74,7 +82,7 @@ def switch(session: Session, model: str) -> None:
     llmuxctl switch qwen
     llmuxctl switch qwen --json
     """
-    _run(session, "switch", model=model)
+    run(session, "switch", model=model)
 
 
 @click.command()
@@ -87,7 +95,7 @@ def wake(session: Session, model: str) -> None:
     \b
     llmuxctl wake qwen
     """
-    _run(session, "wake", model=model)
+    run(session, "wake", model=model)
 
 
 @click.command()
@@ -102,7 +110,7 @@ def sleep(session: Session, model: str, eviction: str | None) -> None:
     llmuxctl sleep qwen
     llmuxctl sleep qwen --eviction discard+keep_running
     """
-    _run(session, "sleep", model=model, eviction=eviction)
+    run(session, "sleep", model=model, eviction=eviction)
 
 
 @click.command()
@@ -115,7 +123,7 @@ def stop(session: Session, model: str) -> None:
     \b
     llmuxctl stop qwen
     """
-    _run(session, "stop", model=model)
+    run(session, "stop", model=model)
 
 
 @click.command()
@@ -129,7 +137,7 @@ def warmup(session: Session, models: tuple[str, ...]) -> None:
     llmuxctl warmup
     llmuxctl warmup qwen mistral
     """
-    _run(session, "warmup", models=list(models) or None)
+    run(session, "warmup", models=list(models) or None)
 
 
 @click.command()
@@ -143,7 +151,7 @@ def pin(session: Session, model: str) -> None:
     llmuxctl pin qwen
     llmuxctl unpin
     """
-    _run(session, "pin", model=model)
+    run(session, "pin", model=model)
 
 
 @click.command()
@@ -170,7 +178,7 @@ def mode(session: Session, mode: str) -> None:
 
 @click.command()
 @click.argument("model", type=MODEL, required=False)
-@click.argument("policy", type=EVICTION, required=False, metavar="[WEIGHTS+PROCESS]")
+@click.argument("policy", type=EVICTION_OR_AUTO, required=False, metavar="[WEIGHTS+PROCESS|auto]")
 @json_option
 @pass_session
 def eviction(session: Session, model: str | None, policy: str | None) -> None:
@@ -179,6 +187,7 @@ def eviction(session: Session, model: str | None, policy: str | None) -> None:
     \b
     WEIGHTS: retain, offload (sleep level 1), discard (level 2)
     PROCESS: keep_running, cuda_suspend, checkpoint, stop
+    auto:    the cheapest of them, chosen each time; `llmuxctl status` says which
 
     \b
     llmuxctl eviction
@@ -192,11 +201,13 @@ def eviction(session: Session, model: str | None, policy: str | None) -> None:
     if session.as_json:
         print(json.dumps(answer, indent=2))
         return
-    rows = [
-        [clean(cell) for cell in (name, "{weights}+{process}".format(**m["eviction"]), m["process_state"])]
-        for name, m in answer["models"].items()
-    ]
+    rows = [[clean(cell) for cell in (name, _policy_of(m), m["process_state"])] for name, m in answer["models"].items()]
     plain_table(("MODEL", "EVICTION", "STATE"), rows)
+
+
+def _policy_of(model: dict[str, Any]) -> str:
+    policy = "{weights}+{process}".format(**model["eviction"])
+    return f"auto: {policy}" if model.get("auto") else policy
 
 
 @click.command()
@@ -212,7 +223,7 @@ def reload(session: Session) -> None:
     llmuxctl config diff
     llmuxctl reload
     """
-    last = _finish(session, "reload")
+    last = finish(session, "reload")
     if not session.as_json:
         for change in last.get("changes", ()):
             print(one_line(change))

@@ -1,4 +1,4 @@
-"""The checks of what checkpoints need: cuda-checkpoint, CRIU, and a kernel that refuses io_uring."""
+"""The checks of what checkpoints need: cuda-checkpoint and CRIU. Engines are started without io_uring by themselves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ DRIVER_WITH_CHECKPOINT = (550,)
 DRIVER_WITH_TREES = (570,)
 CHECK_SECS = 60.0
 
+AUTO = ""
+"""The process of an eviction that is left to be chosen: it may be any."""
+
 _LINK_DROP_IN = """As root: mkdir -p /etc/systemd/system/llmuxd.service.d
 ln -s /usr/share/llmuxd/checkpoint.conf /etc/systemd/system/llmuxd.service.d/
 systemctl daemon-reload && systemctl restart llmuxd"""
 _NOT_WANTED = "not used by the config"
+_NO_FILTER = ("", "~")
+"""How systemd shows that there is none: as it was never set, and as a drop-in has taken it off."""
 
 
 def wanted(there: Situation) -> bool:
@@ -27,7 +32,7 @@ def _suspend_wanted(there: Situation) -> bool:
 
 def _any(there: Situation, *processes: str) -> bool:
     return there.config is not None and any(
-        model.eviction.process.value in processes or model.checkpoint_path is not None
+        str(model.eviction).partition("+")[2] in (*processes, AUTO) or model.checkpoint_path is not None
         for model in there.config.models.values()
     )
 
@@ -65,13 +70,14 @@ def criu(there: Situation) -> Finding:
     version = _version(there, path)
     if not wanted(there):
         return skipped(f"{version} at {path}; {_NOT_WANTED}")
-    if there.by_unit and there.unit.get("SystemCallFilter"):
+    if there.by_unit and there.unit.get("SystemCallFilter", "") not in _NO_FILTER:
         return fail(f"{version} at {path}, but the unit's system call filter stops it", _LINK_DROP_IN)
     if there.box.uid != 0:
         return ok(f"{version} at {path}; as root, doctor also runs `criu check`")
     ran = there.box.run([path, "check"], CHECK_SECS)
     if ran.code != 0:
-        said = ran.out.splitlines()[-1] if ran.out else "it fails"
+        lines = ran.out.splitlines() or ["it fails"]
+        said = next((line for line in lines if line.startswith("Error")), lines[-1])
         return fail(f"{version}: criu check: {said}", "This kernel needs another version of CRIU: criu.org/Packages")
     return ok(f"{version} at {path}; criu check: looks good")
 
@@ -79,20 +85,3 @@ def criu(there: Situation) -> Finding:
 def _version(there: Situation, path: str) -> str:
     found = version_of(there.box.run([path, "--version"]).out)
     return ".".join(map(str, found)) if found else "an unknown version"
-
-
-def io_uring(there: Situation) -> Finding:
-    """vLLM's event loop opens io_uring where it can, and CRIU cannot save that."""
-    if not wanted(there):
-        return skipped("no model is checkpointed")
-    refused = (there.box.read("/proc/sys/kernel/io_uring_disabled") or "").strip()
-    if refused == "2":
-        return ok("refused by the kernel")
-    calls = there.unit.get("SystemCallFilter", "") if there.by_unit else ""
-    listed = "io_uring_setup" in calls.removeprefix("~").split()
-    if calls and listed == calls.startswith("~"):
-        return ok("refused by the unit")
-    return fail(
-        "allowed: CRIU cannot save an engine that uses it",
-        "As root: echo kernel.io_uring_disabled=2 > /etc/sysctl.d/llmux.conf && sysctl --system",
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llmuxctl.doctor import checkpoints, gpus, resources, service, vllm
+from llmuxctl.doctor import checkpoints, gpus, resources, service, store, vllm
 from llmuxctl.doctor.finding import Finding, Status, warn
 from llmuxctl.doctor.situation import Situation
 from llmuxctl.output import clean, styled
@@ -28,7 +28,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("disk: images", resources.images_disk),
     ("cuda-checkpoint", checkpoints.cuda_checkpoint),
     ("criu", checkpoints.criu),
-    ("io_uring", checkpoints.io_uring),
+    ("object store", store.object_store),
     ("port", service.port),
     ("metrics port", service.metrics_port),
     ("unit", service.unit),

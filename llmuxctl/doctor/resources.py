@@ -119,7 +119,8 @@ def _offloaded(there: Situation) -> list[ModelConfig]:
     return [
         model
         for model in configured
-        if model.eviction.weights.value == "offload" and model.eviction.process.value != "stop"
+        if str(model.eviction) == "auto"
+        or (str(model.eviction).startswith("offload+") and not str(model.eviction).endswith("+stop"))
     ]
 
 

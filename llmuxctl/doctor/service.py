@@ -106,7 +106,9 @@ def _own_groups() -> list[int]:
 
 
 def port(there: Situation) -> Finding:
-    """The port of the API: free, or llmuxd's."""
+    """The port of the API: free, or llmuxd's; and whether it is open to others without a key."""
+    from llmuxd.config import is_loopback
+
     if there.config is None:
         return skipped("the config does not say")
     held = _STREAM.search(there.unit.get("Listen", "")) if there.by_unit else None
@@ -123,6 +125,9 @@ def port(there: Situation) -> Finding:
             f"llmuxd.socket listens on {held[1]}:{number}, the config says {said}: only the socket's waits at a restart"
         )
         return warn(found, advice)
+    if finding.status is Status.OK and not there.config.keys and not is_loopback(address):
+        found = f"{finding.found}, and anyone who reaches {held[1]}:{number} may use the models"
+        return warn(found, "Give the clients keys: llmuxctl key new NAME")
     return finding
 
 

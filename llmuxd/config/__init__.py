@@ -6,6 +6,7 @@ compares two.
 
 from __future__ import annotations
 
+from llmuxd.config.checks import is_loopback
 from llmuxd.config.describe import describe
 from llmuxd.config.diff import Change, Effect, changes
 from llmuxd.config.errors import ConfigError, Problem
@@ -16,6 +17,7 @@ from llmuxd.config.types import (
     DEFAULT_PORT,
     CheckpointConfig,
     Config,
+    KeyConfig,
     ModelConfig,
     ObjectStoreConfig,
     PolicyConfig,
@@ -31,12 +33,14 @@ __all__ = [
     "ConfigError",
     "Effect",
     "Key",
+    "KeyConfig",
     "ModelConfig",
     "ObjectStoreConfig",
     "PolicyConfig",
     "Problem",
     "changes",
     "describe",
+    "is_loopback",
     "load_config",
     "nearest",
     "parse_config",

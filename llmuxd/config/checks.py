@@ -10,10 +10,11 @@ import os
 from collections.abc import Mapping
 
 from llmuxd.config.errors import path_of, shown
+from llmuxd.config.ranks import parallel_size
 from llmuxd.config.reading import Reading
 from llmuxd.config.schema import nearest
 from llmuxd.config.types import Config, ModelConfig
-from llmuxd.core.eviction import ProcessStrategy
+from llmuxd.core.eviction import Auto, ProcessStrategy
 from llmuxd.core.policy import BuildPolicy
 from llmuxd.core.settings import InFlight
 from llmuxd.policies import PolicyBroken
@@ -36,12 +37,26 @@ OWN_ARGUMENTS = {
 """Arguments of `vllm serve` that llmuxd sets or that would cut it off from its engine, and why each may not be set."""
 
 
+STORE_KEYS = ("access_key", "secret_key")
+
+LEAVING = (ProcessStrategy.CUDA_SUSPEND, ProcessStrategy.CHECKPOINT)
+
+NEEDED_BY_RANKS = {
+    "--enforce-eager": "CUDA graphs hold on to communicators that are taken down before",
+    "--disable-custom-all-reduce": "it maps the memory of one rank into another, which does not come back",
+}
+"""Arguments of `vllm serve` without which ranks that left their devices do not find each other again, and why."""
+
+
 def check(config: Config, reading: Reading, policies: Mapping[str, BuildPolicy | None]) -> None:
     """Note every problem that one key alone does not show. `policies` has None for what cannot be tried."""
     _check_names(config, reading)
     _check_ports(config, reading)
     _check_paths(config, reading)
     _check_policy(config, reading, policies)
+    _check_store(reading)
+    _check_keys(config, reading)
+    _check_models_of_keys(config, reading)
     for model in config.models.values():
         _check_arguments(model, reading)
 
@@ -49,11 +64,56 @@ def check(config: Config, reading: Reading, policies: Mapping[str, BuildPolicy |
 def _check_names(config: Config, reading: Reading) -> None:
     owners = dict.fromkeys(config.models, "the name of a model")
     for model in config.models.values():
-        for alias in model.aliases:
+        loras = [name for name in model.further_names if name not in model.aliases]
+        for alias in (*model.aliases, *loras):
             if alias in owners:
-                reading.wrong(path_of(model.name, "aliases"), f"found {shown(alias)}, which is {owners[alias]} already")
+                key = "aliases" if alias in model.aliases else "extra_args"
+                reading.wrong(path_of(model.name, key), f"found {shown(alias)}, which is {owners[alias]} already")
             else:
                 owners[alias] = f"an alias of {model.name}"
+
+
+def _check_store(reading: Reading) -> None:
+    """Each of the two keys stands in the config, or in a file."""
+    table = "checkpoint.object_store"
+    if not any(reading.given(f"{table}.{name}") for name in ("endpoint", "bucket", *STORE_KEYS)):
+        return
+    for name in STORE_KEYS:
+        path = f"{table}.{name}"
+        if not reading.given(path) and not reading.given(f"{path}_file"):
+            at = next(each for each in ("endpoint", "bucket", *STORE_KEYS) if reading.given(f"{table}.{each}"))
+            source = reading.source(f"{table}.{at}")
+            reading.wrong(path, f"is missing; allowed: a string that is not empty, or {path}_file", source)
+
+
+def _check_keys(config: Config, reading: Reading) -> None:
+    taken: dict[tuple[str, str], tuple[str, str]] = {}
+    for (at, entry), key in zip(reading.entries("keys"), config.keys, strict=True):
+        for part, found in (("name", shown(key.name)), ("sha256", '"***"')):
+            path = f"{at}.{part}"
+            if not entry.given(path) or entry.failed(path):
+                continue
+            source = entry.source(path)
+            other, its_source = taken.setdefault((part, getattr(key, part)), (at, source))
+            if (other, its_source) != (at, source):
+                there = other if its_source == source else f"{other} of {its_source}"
+                entry.wrong(path, f"found {found}, which {there} has already")
+
+
+def _check_models_of_keys(config: Config, reading: Reading) -> None:
+    names = models_by_name(config)
+    for (at, entry), key in zip(reading.entries("keys"), config.keys, strict=True):
+        for name in key.models or ():
+            if name not in names:
+                meant = nearest(name, names)
+                hint = f" (did you mean {meant!r}?)" if meant else ""
+                entry.wrong(f"{at}.models", f"found {shown(name)}; allowed: {', '.join(names) or 'no model yet'}{hint}")
+
+
+def models_by_name(config: Config) -> dict[str, str]:
+    """Every name that clients may use -> the model that has it."""
+    aliases = {alias: model.name for model in config.models.values() for alias in model.further_names}
+    return {**{name: name for name in config.models}, **aliases}
 
 
 def _check_ports(config: Config, reading: Reading) -> None:
@@ -121,21 +181,30 @@ def warnings(config: Config, reading: Reading) -> tuple[str, ...]:
     found = []
     if reading.given("admin_port"):
         found.append("admin_port is not used: control is a Unix socket, see control_socket")
-    if not _is_loopback(config.listen):
-        found.append(f"listen = {shown(config.listen)}: anyone who reaches this address may use the models")
+    if not config.keys and not is_loopback(config.listen):
+        found.append(f"listen = {shown(config.listen)}: anyone who reaches it may use the models; see keys")
     for model in config.models.values():
-        if model.eviction.process in (ProcessStrategy.CUDA_SUSPEND, ProcessStrategy.CHECKPOINT):
-            found.append(
-                f"{path_of(model.name, 'eviction')} {model.eviction} is not supported yet: the engine is stopped"
-            )
-        if model.checkpoint_path is not None:
-            found.append(
-                f"{path_of(model.name, 'checkpoint_path')} is not supported yet: the model starts from its weights"
-            )
+        found += _warnings_of_ranks(model)
     return tuple(found)
 
 
-def _is_loopback(address: str) -> bool:
+def _warnings_of_ranks(model: ModelConfig) -> list[str]:
+    """Engines of several ranks that leave their devices lose what the ranks keep of each other there."""
+    eviction = model.eviction
+    leaves = isinstance(eviction, Auto) or eviction.process in LEAVING
+    if not leaves or parallel_size(model.extra_args) == 1:
+        return []
+    given = {argument.partition("=")[0].replace("_", "-") for argument in model.extra_args}
+    at = path_of(model.name, "extra_args")
+    return [
+        f"{at}: an engine of several ranks under {eviction} needs {flag}: {why}"
+        for flag, why in NEEDED_BY_RANKS.items()
+        if flag not in given
+    ]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches what listens there."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmuxd.config.schema import KEYS
 from llmuxd.config.types import Config
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.eviction import Auto, EvictionPolicy
 from llmuxd.core.settings import InFlight
 
 MASK = "***"
@@ -41,14 +41,14 @@ def plain(config: Config) -> dict[str, Any]:
 def _plain(value: Any, path: str, *, masked: bool = True) -> Any:
     if masked and path in _SECRETS:
         return MASK
-    if isinstance(value, InFlight):
+    if isinstance(value, (InFlight, Auto)):
         return value.value
     if isinstance(value, (EvictionPolicy, Path)):
         return str(value)
     if isinstance(value, Mapping):
         return {name: _plain(item, f"{path}.*", masked=masked) for name, item in value.items()}
     if isinstance(value, tuple):
-        return [_plain(item, path, masked=masked) for item in value]
+        return [_plain(item, f"{path}[]", masked=masked) for item in value]
     if is_dataclass(value):
         prefix = f"{path}." if path else ""
         names = [field.name for field in fields(value)]

@@ -25,7 +25,10 @@ class Effect(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One difference. Secrets are masked in `old` and `new`; a model as a whole has neither."""
+    """One difference. Secrets are masked in `old` and `new`; a model or a client's key as a whole has neither.
+
+    A client's key goes by its name, `keys.alice`: where in the files it stands makes no difference.
+    """
 
     path: str
     change: str
@@ -60,24 +63,30 @@ _WHEN_IDLE = re.compile(r"vllm_command|models\..*\.(model_path|port|extra_args|a
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """Every difference, the models' last."""
-    before, after = dict(_leaves(plain(old))), dict(_leaves(plain(new)))
-    shown_before, shown_after = dict(_leaves(describe(old))), dict(_leaves(describe(new)))
+    """Every difference; the models and the clients' keys that come or go are last."""
+    before, after = _flat(plain(old)), _flat(plain(new))
+    shown_before, shown_after = _flat(describe(old)), _flat(describe(new))
+    had, has = _wholes(old), _wholes(new)
+    in_one = tuple(f"{path}." for path in {*had}.symmetric_difference(has))
     found = []
     for path in [*before, *(path for path in after if path not in before)]:
-        model = _model_of(path, old, new)
-        if path in _NOT_COMPARED or before.get(path) == after.get(path) or model is None:
+        if path in _NOT_COMPARED or path.startswith(in_one) or before.get(path) == after.get(path):
             continue
         kind = "changed" if path in before and path in after else "added" if path in after else "removed"
         found.append(Change(path, kind, _effect(path), shown_before.get(path), shown_after.get(path)))
-    found += [_whole(name, "removed") for name in old.models if name not in new.models]
-    found += [_whole(name, "added") for name in new.models if name not in old.models]
+    found += [_whole(path, "removed") for path in had if path not in has]
+    found += [_whole(path, "added") for path in has if path not in had]
     return found
 
 
-def _whole(model: str, change: str) -> Change:
-    effect = Effect.NOW if change == "added" else Effect.WHEN_IDLE
-    return Change(f"models.{quoted(model)}", change, effect)
+def _wholes(config: Config) -> list[str]:
+    """The paths of what comes and goes as a whole."""
+    return [f"models.{quoted(name)}" for name in config.models] + [f"keys.{quoted(key.name)}" for key in config.keys]
+
+
+def _whole(path: str, change: str) -> Change:
+    waits = change == "removed" and path.startswith("models.")
+    return Change(path, change, Effect.WHEN_IDLE if waits else Effect.NOW)
 
 
 def _effect(path: str) -> Effect:
@@ -86,12 +95,9 @@ def _effect(path: str) -> Effect:
     return Effect.WHEN_IDLE if _WHEN_IDLE.fullmatch(path) else Effect.NOW
 
 
-def _model_of(path: str, old: Config, new: Config) -> str | None:
-    """Empty if the path is none of a model's; None if it is one of a model that only one of the two has."""
-    for name in {*old.models, *new.models}:
-        if path.startswith(f"models.{quoted(name)}."):
-            return name if name in old.models and name in new.models else None
-    return ""
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> value; of the clients' keys, the names are parts of the paths."""
+    return dict(_leaves({**tree, "keys": {key["name"]: key for key in tree["keys"]}}))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmuxd.config.errors import shown
-from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.core.eviction import AUTO, Auto, EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.core.settings import InFlight
 
 
@@ -60,6 +60,50 @@ def _argument(value: Any) -> str:
     if text.startswith("-"):
         raise Wrong
     return text
+
+
+def _key_name(value: Any) -> str:
+    """The name of a client's key: a word of its own in every line of the access log, where `-` is nobody."""
+    name = _name(value)
+    if " " in name:
+        raise Wrong
+    return name
+
+
+def _sha256(value: Any) -> str:
+    """64 hexadecimal digits, in lower case. What else stands there may be the key itself, and is not shown."""
+    if not isinstance(value, str):
+        raise Wrong(f"a value of the type {type(value).__name__}")
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise Wrong(f"a string of {len(value)} characters")
+    return value.lower()
+
+
+def _some_names(value: Any) -> tuple[str, ...]:
+    names = _strings(_name)(value)
+    if not names:
+        raise Wrong
+    return names
+
+
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9][a-z0-9._-]*|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
+)
+_PORT_OF = {"http": 80, "https": 443}
+
+
+def _origin(value: Any) -> str:
+    """An origin as browsers spell it: in lower case, without the port that its scheme has anyway."""
+    text = _string(value)
+    found = _ORIGIN.fullmatch(text.lower()) if text.isascii() else None
+    if text == "*":
+        return text
+    if found is None:
+        raise Wrong
+    scheme, host, port = found["scheme"], found["host"], int(found["port"] or 0)
+    if found["port"] is not None and not 1 <= port <= 65535:
+        raise Wrong
+    return f"{scheme}://{host}" if port in (0, _PORT_OF.get(scheme)) else f"{scheme}://{host}:{port}"
 
 
 def _boolean(value: Any) -> bool:
@@ -147,9 +191,11 @@ def _address(value: Any) -> str:
     return address
 
 
-def _eviction(value: Any) -> EvictionPolicy:
-    """`weights+process`, or llmux 0.7's table, which needs both."""
+def _eviction(value: Any) -> EvictionPolicy | Auto:
+    """`weights+process`, or llmux 0.7's table, which needs both; or `auto`."""
     try:
+        if value == AUTO.value:
+            return AUTO
         if isinstance(value, str):
             return EvictionPolicy.parse(value)
         if isinstance(value, dict) and value.keys() == {"weights", "process"}:
@@ -172,6 +218,12 @@ TEXT = Kind("string", "a string that is not empty", _string)
 GROUP = Kind("string", "the name of a group, or an empty string", _group)
 NAME = Kind("string", "a printable name that is not empty and does not begin with '-'", _name)
 NAMES = Kind("list of strings", "a list of printable names that do not begin with '-'", _strings(_name))
+KEY_NAME = Kind("string", "a printable name without spaces that does not begin with '-'", _key_name)
+SHA256 = Kind("string", "the SHA-256 of a key, 64 hexadecimal digits; `llmuxctl key new NAME` makes both", _sha256)
+SOME_NAMES = Kind("list of strings", "a list of names or aliases of models, at least one", _some_names)
+ORIGINS = Kind(
+    "list of strings", 'a list of origins, each SCHEME://HOST or SCHEME://HOST:PORT, or "*" for all', _strings(_origin)
+)
 ARGUMENT = Kind("string", "a string that is not empty and does not begin with '-'", _argument)
 TEXTS = Kind("list of strings", "a list of strings that are not empty", _strings(_string))
 COMMAND = Kind(
@@ -185,6 +237,8 @@ ADDRESS = Kind("string", "an IP address or a host name, without a port", _addres
 PORT = Kind("integer", "a port, 1 to 65535", _integer(1, 65535))
 PORT_OR_0 = Kind("integer", "a port, 0 to 65535", _integer(0, 65535))
 REQUESTS = Kind("integer", "a whole number, 1 or more", _integer(1), "requests")
+CONNECTIONS = Kind("integer", "a whole number, 1 or more", _integer(1), "connections")
+PRIORITY = Kind("integer", "a whole number, -100 to 100", _integer(-100, 100))
 BYTES = Kind("integer", "a whole number of bytes, 1 or more", _integer(1), "bytes")
 SECONDS = Kind("number", "a number of seconds, 0 or more", _number, "seconds")
 SECONDS_ABOVE_0 = Kind("number", "a number of seconds above 0", _positive, "seconds")
@@ -195,6 +249,7 @@ FACTOR = Kind("number", "a number, 0 or more", _number)
 IN_FLIGHT = Kind("string", "drain or park", _in_flight)
 EVICTION = Kind(
     "string or table",
-    f'"WEIGHTS+PROCESS" or a table of weights and process, weights one of {_WEIGHTS}, process one of {_PROCESS}',
+    '"auto", "WEIGHTS+PROCESS" or a table of weights and process, '
+    f"weights one of {_WEIGHTS}, process one of {_PROCESS}",
     _eviction,
 )

@@ -23,6 +23,7 @@ from llmuxd.config.types import (
     POLICIES_OF_0_7,
     CheckpointConfig,
     Config,
+    KeyConfig,
     ModelConfig,
     ObjectStoreConfig,
     PolicyConfig,
@@ -164,12 +165,25 @@ def _build(reading: Reading, environ: Mapping[str, str] | None, known_policies: 
         values = {"model_path": "", **inherited, **reading.section(f"models.{quoted(name)}", ModelConfig)}
         models[name] = ModelConfig(name, **values)
     top.setdefault("control_socket", runtime_dir / protocol.CONTROL_SOCKET_NAME)
-    config = Config(runtime_dir=runtime_dir, state_dir=state_dir, models=models, policy=policy, **top)
+    # As with models: what is missing has been found, and the rest is still checked.
+    keys = tuple(
+        KeyConfig(**{"name": "", "sha256": "", **entry.section(at, KeyConfig)}) for at, entry in reading.entries("keys")
+    )
+    config = Config(runtime_dir=runtime_dir, state_dir=state_dir, models=models, keys=keys, policy=policy, **top)
     checks.check(config, reading, find_policies() if known_policies is None else dict.fromkeys(known_policies))
     if reading.problems:
         raise ConfigError(reading.problems)
     said = checks.warnings(config, reading)
-    return replace(config, checkpoint=_checkpoint(reading), warnings=said)
+    return replace(config, keys=_with_models(config), checkpoint=_checkpoint(reading), warnings=said)
+
+
+def _with_models(config: Config) -> tuple[KeyConfig, ...]:
+    """The keys, with models where the files have aliases."""
+    models = checks.models_by_name(config)
+    return tuple(
+        key if key.models is None else replace(key, models=tuple(dict.fromkeys(models[name] for name in key.models)))
+        for key in config.keys
+    )
 
 
 def _checkpoint(reading: Reading) -> CheckpointConfig:

@@ -20,12 +20,13 @@ class Reading:
     A path is that of one key, `models.llama.port`; a pattern is that of the table of keys, `models.*.port`.
     """
 
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
+    def __init__(self, problems: list[Problem] | None = None) -> None:
+        self.problems: list[Problem] = [] if problems is None else problems
         self.models: dict[str, None] = {}
         self._values: dict[str, Any] = {}
         self._sources: dict[str, str] = {}
         self._tables: dict[str, tuple[str, str]] = {}
+        self._arrays: dict[str, list[tuple[str, Reading]]] = {}
 
     def merge(self, data: Mapping[str, Any], source: str) -> None:
         """Take in one file."""
@@ -37,12 +38,25 @@ class Reading:
             for name, key in TABLES.get(pattern, {}).items():
                 if key.required and f"{path}.{name}" not in self._sources:
                     self.wrong(f"{path}.{name}", f"is missing; allowed: {key.allowed}", source)
+        for _, entry in (each for entries in self._arrays.values() for each in entries):
+            entry.require()
 
     def section(self, path: str, kind: type) -> dict[str, Any]:
         """The right values of one table, by the field names of the class that holds them."""
         prefix = f"{path}." if path else ""
         names = [field.name for field in fields(kind)]
         return {name: self._values[prefix + name] for name in names if prefix + name in self._values}
+
+    def entries(self, path: str) -> list[tuple[str, Reading]]:
+        """The tables of an array, over all files: each with its path in its file, and a reading of its own.
+
+        Every file counts them from 0, so their paths are not unique; and none is spread over several files.
+        """
+        return self._arrays.get(path, [])
+
+    def source(self, path: str) -> str:
+        """The file that sets this key."""
+        return self._sources[path]
 
     def given(self, path: str) -> bool:
         """Whether some file sets this key."""
@@ -73,6 +87,9 @@ class Reading:
                 self._unknown(name, pattern, at, source, [*keys, *inner])
 
     def _take_inner(self, value: Any, path: str, pattern: str, source: str) -> None:
+        if f"{pattern}[]" in TABLES:
+            self._take_array(value, path, f"{pattern}[]", source)
+            return
         if not isinstance(value, dict):
             self.wrong(path, f"found {shown(value)}; allowed: a table", source)
             return
@@ -92,6 +109,21 @@ class Reading:
         self.models[name] = None
         self._take_inner(value, path, "models.*", source)
 
+    def _take_array(self, value: Any, path: str, pattern: str, source: str) -> None:
+        # What is found is not shown: it may hold a secret.
+        if not isinstance(value, list):
+            found = "a single table" if isinstance(value, dict) else f"a value of the type {type(value).__name__}"
+            self.wrong(path, f"found {found}; allowed: an array of tables, {_place(pattern)} above each", source)
+            return
+        for number, table in enumerate(value):
+            at = f"{path}[{number}]"
+            if not isinstance(table, dict):
+                self.wrong(at, f"found a value of the type {type(table).__name__}; allowed: a table", source)
+                continue
+            entry = Reading(self.problems)
+            entry._take_inner(table, at, pattern, source)
+            self._arrays.setdefault(path, []).append((at, entry))
+
     def _take_value(self, key: Key, value: Any, path: str, source: str) -> None:
         if path in self._sources:
             self.wrong(path, f"is set in {self._sources[path]} already", source)
@@ -100,7 +132,7 @@ class Reading:
         try:
             self._values[path] = key.kind.read(value)
         except kinds.Wrong as wrong:
-            found = '"***"' if key.secret else str(wrong) or shown(value)
+            found = str(wrong) or ('"***"' if key.secret else shown(value))
             self.wrong(path, f"found {found}; allowed: {key.allowed}", source)
 
     def _unknown(self, name: str, pattern: str, path: str, source: str, known: Collection[str]) -> None:
@@ -111,7 +143,7 @@ class Reading:
         meant = nearest(name, known)
         if homes:
             # Under the wrong header, most likely.
-            hint = f"it belongs {' or '.join(map(_place, homes))}"
+            hint = f"it belongs {' or '.join(map(_way_to, homes))}"
         elif meant:
             hint = f"did you mean {meant!r}?"
         else:
@@ -119,5 +151,11 @@ class Reading:
         self.wrong(path, f"unknown key; {hint}", source)
 
 
+def _way_to(table: str) -> str:
+    return f"into {_place(table)}" if table else "to the top, before the first [table]"
+
+
 def _place(table: str) -> str:
-    return f"into [{table.replace('*', 'NAME')}]" if table else "to the top, before the first [table]"
+    """A table's header."""
+    name = table.replace("*", "NAME")
+    return f"[[{name.removesuffix('[]')}]]" if name.endswith("[]") else f"[{name}]"

@@ -16,7 +16,7 @@ from llmuxd.config.kinds import Kind
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key. `path` has `*` for a model's name.
+    """One key. `path` has `*` for a model's name, and `[]` after the name of an array of tables.
 
     `default` is as one would write it in TOML, the path of another key whose value is taken, or "" if there is none.
     """
@@ -46,7 +46,7 @@ class Key:
 
 KEYS: tuple[Key, ...] = (
     Key("port", kinds.PORT_OR_0, "3000", "The port of the OpenAI-compatible API; 0 takes any free one."),
-    Key("listen", kinds.ADDRESS, '"127.0.0.1"', "The address to listen on; anyone who reaches it may use the models."),
+    Key("listen", kinds.ADDRESS, '"127.0.0.1"', "The address to listen on; anyone who reaches it may use the models, unless there are `[[keys]]`."),
     Key("metrics_port", kinds.PORT_OR_0, "9090", "The port of /metrics for Prometheus; 0 for none."),
     Key("control_socket", kinds.ABSOLUTE_PATH, '"/run/llmux/control.sock"', "The Unix socket that llmuxctl talks to, by default in the runtime folder, which LLMUX_RUNTIME_DIR moves."),
     Key("control_read_group", kinds.GROUP, '""', "A group whose members may see the status, the logs and the config, and change nothing."),
@@ -54,6 +54,13 @@ KEYS: tuple[Key, ...] = (
     Key("warmup", kinds.BOOLEAN, "false", "Start each model, have it answer once and put it to sleep before the port opens."),
     Key("max_queue", kinds.REQUESTS, "1024", "Requests that may wait, over all models; one more is answered with 429."),
     Key("max_body_bytes", kinds.BYTES, "67108864", "The largest request body; a larger one is answered with 413."),
+    Key("max_head_bytes", kinds.BYTES, "65536", "The largest head of a request; a larger one, or one of more than 100 fields, is answered with 431."),
+    Key("max_connections", kinds.CONNECTIONS, "4096", "Connections at once; one more is answered with 503, and closed."),
+    Key("head_timeout_secs", kinds.SECONDS_ABOVE_0, "30", "How long the head of a request may take to come, and a second more for every 500 bytes of it; then it is answered with 408."),
+    Key("body_timeout_secs", kinds.SECONDS_ABOVE_0, "30", "How long the body of a request may take to come, and a second more for every 500 bytes of it; then it is answered with 408."),
+    Key("send_timeout_secs", kinds.SECONDS_ABOVE_0, "120", "A client that takes nothing of what it is sent for so long is cut off."),
+    Key("cors_origins", kinds.ORIGINS, "[]", "The origins whose pages may use the API from a browser."),
+    Key("access_log", kinds.BOOLEAN, "true", "Log a line for each request: who, which model, how long, how much; never what was asked."),
     Key("heartbeat_secs", kinds.SECONDS, "10", "How often a waiting or paused stream is sent a comment, so that nobody on its way gives up; 0 for never."),
     Key("start_timeout_secs", kinds.SECONDS_ABOVE_0, "1800", "How long an engine may take to start."),
     Key("sleep_timeout_secs", kinds.SECONDS_ABOVE_0, "120", "How long an engine may take to fall asleep; then it is stopped."),
@@ -64,15 +71,21 @@ KEYS: tuple[Key, ...] = (
     Key("models.*.model_path", kinds.ARGUMENT, "", "A Hugging Face name or a local folder, as `vllm serve` takes it.", required=True),
     Key("models.*.port", kinds.PORT, "", "The engine's port on 127.0.0.1, instead of a Unix socket of its own."),
     Key("models.*.extra_args", kinds.TEXTS, "[]", "Further arguments of `vllm serve`."),
-    Key("models.*.eviction", kinds.EVICTION, "policy.eviction", "What becomes of weights and process when the model has to go."),
-    Key("models.*.checkpoint_path", kinds.PATH, "", "Images of a checkpoint to start from, instead of a cold start; not supported yet."),
-    Key("models.*.aliases", kinds.NAMES, "[]", "Further names that clients may use for the model."),
+    Key("models.*.eviction", kinds.EVICTION, "policy.eviction", "What becomes of weights and process when the model has to go; auto chooses what costs least."),
+    Key("models.*.checkpoint_path", kinds.PATH, "", "The folder of one image to restore the engine from for its first request, as long as it fits; none of its own is needed for that."),
+    Key("models.*.aliases", kinds.NAMES, "[]", "Further names that clients may use for the model; those of LoRA modules in `extra_args` are names already."),
     Key("models.*.env", kinds.ENVIRONMENT, "{}", "Environment variables for the engine, on top of the daemon's."),
     Key("models.*.max_in_flight", kinds.REQUESTS, "", "Requests sent to the engine at once; more wait."),
     Key("models.*.max_queue", kinds.REQUESTS, "", "Requests that may wait for this model; one more is answered with 429."),
     Key("models.*.ttl_secs", kinds.SECONDS_ABOVE_0, "", "Put the model to sleep after this long without a request."),
     Key("models.*.start_timeout_secs", kinds.SECONDS_ABOVE_0, "start_timeout_secs", "How long this engine may take to start."),
     Key("models.*.priority", kinds.FACTOR_ABOVE_0, "1", "tenure: how many times the waiting of this model's requests counts."),
+    Key("keys[].name", kinds.KEY_NAME, "", "Who has the key; it stands in the access log.", required=True),
+    Key("keys[].sha256", kinds.SHA256, "", "The hash of the key, which itself is written nowhere.", required=True, secret=True),
+    Key("keys[].models", kinds.SOME_NAMES, "", "The models that it may use, instead of all."),
+    Key("keys[].requests_per_minute", kinds.REQUESTS, "", "Requests that it may make in any 60 seconds; one more is answered with 429."),
+    Key("keys[].max_parallel", kinds.REQUESTS, "", "Requests that it may have at once, waiting ones included; one more is answered with 429."),
+    Key("keys[].priority", kinds.PRIORITY, "0", "The place of its requests in the queue of a model, higher ones first; the header x-llmux-priority may ask for less, and not for more."),
     Key("policy.policy_type", kinds.TEXT, '"tenure"', "Which model is next: tenure, fifo, cost_aware, time_slice, or an installed package's."),
     Key("policy.request_timeout_secs", kinds.SECONDS_ABOVE_0, "300", "How long a request waits for its model before it is answered with 504."),
     Key("policy.drain_before_switch", kinds.BOOLEAN, "true", "Wait for the requests in flight before a switch; if false they are paused, or cut off where the engine is stopped."),
@@ -91,8 +104,10 @@ KEYS: tuple[Key, ...] = (
     Key("checkpoint.keep_images", kinds.BOOLEAN, "true", "Keep the images after a restore."),
     Key("checkpoint.object_store.endpoint", kinds.TEXT, "", "The URL of an S3-compatible store.", required=True),
     Key("checkpoint.object_store.bucket", kinds.TEXT, "", "The bucket in it.", required=True),
-    Key("checkpoint.object_store.access_key", kinds.TEXT, "", "The access key.", required=True, secret=True),
-    Key("checkpoint.object_store.secret_key", kinds.TEXT, "", "The secret key.", required=True, secret=True),
+    Key("checkpoint.object_store.access_key", kinds.TEXT, "", "The access key, if it is to stand here.", secret=True),
+    Key("checkpoint.object_store.secret_key", kinds.TEXT, "", "The secret key, if it is to stand here.", secret=True),
+    Key("checkpoint.object_store.access_key_file", kinds.PATH, "", "The file that has the access key, instead; a name without a folder is that of a systemd credential."),
+    Key("checkpoint.object_store.secret_key_file", kinds.PATH, "", "The file that has the secret key; likewise."),
     Key("checkpoint.object_store.region", kinds.TEXT, '"us-east-1"', "The region."),
 )  # fmt: skip
 """Every key, in the order of the documentation."""
@@ -101,17 +116,19 @@ NOT_YET = frozenset({"models.*.gpus", "models.*.memory"})
 """Keys that are reserved: an error of their own says so."""
 
 TABLES: dict[str, dict[str, Key]] = {"": {}}
-"""Table path -> the names of its keys -> key."""
+"""Table path -> the names of its keys -> key. The path of an array of tables ends in `[]`."""
 for _key in KEYS:
     _table, _, _key_name = _key.path.rpartition(".")
     TABLES.setdefault(_table, {})[_key_name] = _key
 
 
 def tables_in(table: str) -> frozenset[str]:
-    """The names of the tables that a table holds."""
+    """The names of the tables, and of the arrays of tables, that a table holds."""
     prefix = f"{table}." if table else ""
     return frozenset(
-        other.removeprefix(prefix).partition(".")[0] for other in TABLES if other != table and other.startswith(prefix)
+        other.removeprefix(prefix).partition(".")[0].removesuffix("[]")
+        for other in TABLES
+        if other != table and other.startswith(prefix)
     )
 
 

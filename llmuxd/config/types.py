@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
+from llmuxd.config.loras import lora_names
+from llmuxd.core.eviction import Auto, EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.core.policies import DEFAULT_POLICY
 from llmuxd.core.policy import PolicyParameters
 from llmuxd.core.settings import InFlight
@@ -29,7 +30,7 @@ class ModelConfig:
     model_path: str
     port: int | None = None
     extra_args: tuple[str, ...] = ()
-    eviction: EvictionPolicy = DEFAULT_EVICTION
+    eviction: EvictionPolicy | Auto = DEFAULT_EVICTION
     checkpoint_path: Path | None = None
     aliases: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +39,25 @@ class ModelConfig:
     ttl_secs: float | None = None
     start_timeout_secs: float = 1800.0
     priority: float = 1.0
+
+    @property
+    def further_names(self) -> tuple[str, ...]:
+        """What clients may call it as well: its aliases, and the LoRA modules that its arguments name."""
+        return tuple(dict.fromkeys((*self.aliases, *lora_names(self.extra_args))))
+
+
+@dataclass(frozen=True, slots=True)
+class KeyConfig:
+    """One client's key, and what may be done with it; None means no bound."""
+
+    name: str
+    sha256: str
+    """Of the key: 64 hexadecimal digits in lower case."""
+    models: tuple[str, ...] | None = None
+    """Names of models, whatever the file calls them; None for all."""
+    requests_per_minute: int | None = None
+    max_parallel: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +69,7 @@ class PolicyConfig:
     drain_before_switch: bool = True
     in_flight: InFlight = InFlight.DRAIN
     """DRAIN or PARK; without `drain_before_switch` no switch waits, whatever this says."""
-    eviction: EvictionPolicy = DEFAULT_EVICTION
+    eviction: EvictionPolicy | Auto = DEFAULT_EVICTION
     min_active_secs: float = 0.0
     coalesce_window_ms: int = 2000
     amortization_factor: float = 0.5
@@ -75,8 +95,12 @@ class ObjectStoreConfig:
 
     endpoint: str
     bucket: str
-    access_key: str
-    secret_key: str
+    access_key: str = field(default="", repr=False)
+    """Empty if it is in a file."""
+    secret_key: str = field(default="", repr=False)
+    access_key_file: Path | None = None
+    """One without a folder is a credential of systemd's."""
+    secret_key_file: Path | None = None
     region: str = "us-east-1"
 
 
@@ -100,6 +124,8 @@ class Config:
     state_dir: Path
     control_socket: Path
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
+    keys: tuple[KeyConfig, ...] = ()
+    """In the order of the files. Without any, no client needs one."""
     policy: PolicyConfig = PolicyConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     port: int = DEFAULT_PORT
@@ -110,6 +136,14 @@ class Config:
     warmup: bool = False
     max_queue: int = 1024
     max_body_bytes: int = 67_108_864
+    max_head_bytes: int = 65_536
+    max_connections: int = 4096
+    head_timeout_secs: float = 30.0
+    body_timeout_secs: float = 30.0
+    send_timeout_secs: float = 120.0
+    cors_origins: tuple[str, ...] = ()
+    """Each as a browser spells it, or "*" for all."""
+    access_log: bool = True
     start_timeout_secs: float = 1800.0
     sleep_timeout_secs: float = 120.0
     wake_timeout_secs: float = 300.0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.eviction import Auto, EvictionPolicy
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each step of a long operation: `event`, `text` and what belongs to it."""
@@ -25,7 +25,11 @@ class UnknownModel(Exception):
 
 
 class ControlFailed(Exception):
-    """It was tried, and did not succeed; or it makes no sense. The text says why."""
+    """It was tried, and did not succeed; or it makes no sense. The text says why, `details` what there is to know."""
+
+    def __init__(self, text: str, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.details = dict(details or {})
 
 
 class NotAllowed(Exception):
@@ -57,7 +61,7 @@ class Control(Protocol):
 
     def unpin(self) -> dict[str, Any]: ...
 
-    def set_eviction(self, model: str, eviction: EvictionPolicy) -> dict[str, Any]: ...
+    def set_eviction(self, model: str, eviction: EvictionPolicy | Auto) -> dict[str, Any]: ...
 
     async def switch(self, model: str, progress: Progress) -> dict[str, Any]: ...
 
@@ -72,3 +76,13 @@ class Control(Protocol):
     async def reload(self, progress: Progress) -> dict[str, Any]: ...
 
     async def warmup(self, models: list[str] | None, progress: Progress) -> dict[str, Any]: ...
+
+    async def checkpoint(
+        self, model: str, eviction: EvictionPolicy | None, warmup: bool, progress: Progress
+    ) -> dict[str, Any]: ...
+
+    async def restore(self, model: str, detached: bool, progress: Progress) -> dict[str, Any]: ...
+
+    async def validate(
+        self, model: str, policies: Sequence[EvictionPolicy] | None, progress: Progress
+    ) -> dict[str, Any]: ...

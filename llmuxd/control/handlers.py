@@ -19,7 +19,7 @@ from llmuxd.control.api import BadConfig, Control, ControlFailed, NotAllowed, Pr
 from llmuxd.control.logs import read_log
 from llmuxd.control.peer import may_look, may_steer, peer_of
 from llmuxd.control.streaming import stream
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.eviction import AUTO, EvictionPolicy, ProcessStrategy
 from llmuxd.protocol import CONTROL_PREFIX, NDJSON, VERSION_HEADER
 from llmuxd.version import __version__
 
@@ -60,6 +60,9 @@ def build_control(control: Control, readers: str = "") -> web.Application:
         ("POST", "/wake", calls.wake),
         ("POST", "/stop", calls.stop),
         ("POST", "/warmup", calls.warmup),
+        ("POST", "/checkpoint", calls.checkpoint),
+        ("POST", "/restore", calls.restore),
+        ("POST", "/validate", calls.validate),
         ("POST", "/reload", calls.reload),
         ("GET", "/events", calls.events),
         ("GET", "/logs", calls.logs),
@@ -160,7 +163,8 @@ def _failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, UnknownModel):
         return {"status": 404, "error": str(error), "known": list(error.known)}
     if type(error) in statuses:
-        return {"status": statuses[type(error)], "error": str(error)}
+        details = error.details if isinstance(error, ControlFailed) else {}
+        return {"status": statuses[type(error)], "error": str(error), **details}
     log.error("a control call broke", exc_info=error)
     return {"status": 500, "error": f"internal error: {error!r}"}
 
@@ -234,7 +238,8 @@ class _Calls:
         body = await _body(request, "model", optional=("eviction",))
         if body.get("eviction") is None:
             raise BadRequest('needs "eviction"')
-        return web.json_response(self._control.set_eviction(body["model"], _eviction(body["eviction"])))
+        eviction = AUTO if body["eviction"] == AUTO.value else _eviction(body["eviction"])
+        return web.json_response(self._control.set_eviction(body["model"], eviction))
 
     async def pin(self, request: web.Request) -> web.StreamResponse:
         body = await _body(request, "model")
@@ -263,6 +268,27 @@ class _Calls:
         if models is not None and not (isinstance(models, list) and all(isinstance(m, str) for m in models)):
             raise BadRequest('"models" has to be a list of names')
         return await self._run(request, lambda tell: self._control.warmup(models, tell))
+
+    async def checkpoint(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request, "model", optional=("eviction", "warmup"))
+        eviction = None if body.get("eviction") is None else _eviction(body["eviction"])
+        if eviction is not None and eviction.process is not ProcessStrategy.CHECKPOINT:
+            raise BadRequest(f"{eviction} makes no checkpoint; use {eviction.weights.value}+checkpoint")
+        warmup = _flag(body, "warmup", True)
+        return await self._run(request, lambda tell: self._control.checkpoint(body["model"], eviction, warmup, tell))
+
+    async def restore(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request, "model", optional=("detached",))
+        detached = _flag(body, "detached", False)
+        return await self._run(request, lambda tell: self._control.restore(body["model"], detached, tell))
+
+    async def validate(self, request: web.Request) -> web.StreamResponse:
+        body = await _body(request, "model", optional=("policies",))
+        policies = body.get("policies")
+        if policies is not None and (not isinstance(policies, list) or not policies):
+            raise BadRequest('"policies" has to be a list of eviction policies; all are tried without it')
+        chosen = None if policies is None else [_eviction(policy) for policy in policies]
+        return await self._run(request, lambda tell: self._control.validate(body["model"], chosen, tell))
 
     async def reload(self, request: web.Request) -> web.StreamResponse:
         await _body(request)
@@ -328,6 +354,13 @@ async def _body(request: web.Request, *required: str, optional: tuple[str, ...] 
     if unknown:
         raise BadRequest(f"unknown key {unknown[0]!r}; the body takes {takes}")
     return body
+
+
+def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = body.get(name, default)
+    if not isinstance(value, bool):
+        raise BadRequest(f'"{name}" has to be true or false')
+    return value
 
 
 def _eviction(value: Any) -> EvictionPolicy:

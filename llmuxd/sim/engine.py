@@ -11,7 +11,7 @@ import hashlib
 import logging
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from llmuxd.sim.faults import Faults
@@ -49,6 +49,7 @@ time.sleep(left[-1])
 ends as it should asks it, by SIGTERM, not to."""
 
 LEAVE_POLL_SECS = 0.02
+TOKENS_PER_TURN = 32
 
 log = logging.getLogger("vllm")
 
@@ -65,15 +66,27 @@ class NotPossible(Exception):
     """vLLM refuses this in the state that the engine is in."""
 
 
+class DiedTelling(EngineDead):
+    """It is gone, and the API server lives to tell it in the stream."""
+
+
+class BodyCut(Exception):
+    """The connection is to be closed in mid-answer."""
+
+
 @dataclass(eq=False)
 class Generation:
     """One request in the engine."""
 
     gone: Callable[[], bool]
     """Whether its client has left."""
+    streamed: bool
     aborted: bool = False
     emitted: int = 0
     scheduled: bool = False
+    stalled: bool = False
+    left: bool = False
+    """Its client was found to have left."""
 
 
 @dataclass
@@ -92,6 +105,8 @@ class Engine:
     asleep: set[str] = field(default_factory=set)
     """The parts that are not on the device: weights, kv_cache."""
     weights_valid: bool = True
+    tied: bool = True
+    """Its ranks are held together by their communicators; without them no token is made."""
     running: set[Generation] = field(default_factory=set)
     aborted_total: int = 0
     tokens_total: int = 0
@@ -101,15 +116,27 @@ class Engine:
     # Life
 
     async def start(self) -> None:
-        """Load. Raises OutOfMemory as vLLM's check at start does."""
+        """Load, or come back as it was saved. Raises OutOfMemory as vLLM's check at start does."""
         options = self.options
         self._spawn()
+        if options.level is not None:
+            self._come_back(options.level)
+            return
         if self.ledger is not None:
             wanted = int(options.utilization * self.ledger.total)
             if self.ledger.free() < wanted:
                 raise OutOfMemory(wanted, self.ledger.free())
             self._hold()
         await self.spend(options.start_secs + options.weights / GIB / options.load_gib_s)
+
+    def _come_back(self, level: int) -> None:
+        """As a process that was saved while it slept, its communicators taken down if it has any."""
+        self.level, self.paused = level, True
+        self.tied = self.options.ranks == 1
+        if level > 0:
+            self.asleep = {"weights", "kv_cache"}
+            self.weights_valid = level == 1
+        self._hold()
 
     def _spawn(self) -> None:
         argv = ["VLLM::EngineCore", "-S", "-E", "-c", _CORE, str(self.options.orphan_secs)]
@@ -126,8 +153,7 @@ class Engine:
 
     async def spend(self, seconds: float) -> None:
         """Let simulated time pass."""
-        seconds *= self.options.scale * self.faults.value("slow", 1.0)
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds * self.options.scale * self.faults.value("slow", 1.0))
 
     # Memory
 
@@ -225,6 +251,10 @@ class Engine:
 
     def _touch(self, *parts: str) -> None:
         """Use memory. Raises EngineDead where it is not mapped: an illegal access that no process survives."""
+        if not self.tied and "kv_cache" in parts:
+            log.error("RuntimeError: NCCL communicator was aborted")
+            self.die()
+            raise EngineDead
         if self.asleep & set(parts):
             log.error("torch.AcceleratorError: CUDA error: an illegal memory access was encountered")
             self.die()
@@ -232,52 +262,83 @@ class Engine:
 
     # Generation
 
-    async def generate(self, prompt: str, count: int, gone: Callable[[], bool]) -> AsyncIterator[str]:
-        """`count` tokens that depend on the model and the prompt alone.
+    async def generate(
+        self, prompt: str, count: int, gone: Callable[[], bool], *, speaker: str = "", streamed: bool = False
+    ) -> AsyncGenerator[str, None]:
+        """`count` tokens that depend on the model and the prompt alone; the first one is the speaker, or the model.
 
         Raises Aborted and EngineDead; ends early, without a word, if the client has left.
         """
-        generation = Generation(gone)
+        generation = Generation(gone, streamed)
         self.running.add(generation)
-        seed = f"{self.options.model}\0{prompt}"
+        speaker = speaker or self.options.names[0]
+        seed = hashlib.sha256(f"{self.options.model}\0{prompt}".encode()).digest()
         try:
             while generation.emitted < count:
-                if not await self._turn(generation):
+                while not self._may_go_on(generation):  # noqa: ASYNC110
+                    await asyncio.sleep(LEAVE_POLL_SECS)
+                if generation.left:
                     self.aborted_total += 1
                     return
-                await self.spend(1 / self.options.tokens_per_s)
-                text = self.token(seed, generation.emitted) if self.weights_valid else "\ufffd"
-                generation.emitted += 1
+                # The weights that a token is made of are those at its beginning: a sleep may come in its middle.
+                valid = self.weights_valid
+                await self._step(generation)
+                index, generation.emitted = generation.emitted, generation.emitted + 1
                 self.tokens_total += 1
-                yield text
-                limit = self.faults.value("die_after_tokens", float("inf"))
-                if generation.emitted >= limit and self.faults.happens("die_after_tokens"):
-                    self.die()
+                yield self._token(seed, index, speaker) if valid else "\ufffd"
+                if self.faults:
+                    self._fail_after(generation)
         except GeneratorExit:
             self.aborted_total += 1
             raise
         finally:
             self.running.discard(generation)
 
-    async def _turn(self, generation: Generation) -> bool:
-        """Wait until the request may make its next token; False if its client has left."""
-        while True:
-            if self.dead:
-                raise EngineDead
-            if generation.aborted:
-                raise Aborted
-            if generation.gone():
-                return False
-            held = self.holds_new and not generation.scheduled
-            if not self.paused and not held and not self.faults.happens("hang_generation"):
-                self._touch("weights", "kv_cache")
-                generation.scheduled = True
-                return True
-            await asyncio.sleep(LEAVE_POLL_SECS)
+    def _may_go_on(self, generation: Generation) -> bool:
+        """Whether the request may make its next token now, or has lost its client."""
+        if self.dead:
+            raise EngineDead
+        if generation.aborted:
+            raise Aborted
+        if generation.gone():
+            generation.left = True
+            return True
+        held = self.holds_new and not generation.scheduled
+        if self.paused or held or (self.faults and self.faults.happens("hang_generation")):
+            return False
+        if generation.stalled and self.faults.stands("stall_stream"):
+            return False
+        self._touch("weights", "kv_cache")
+        generation.scheduled = True
+        return True
 
-    def token(self, seed: str, index: int) -> str:
-        """The token at `index`: the first one names the model."""
+    async def _step(self, generation: Generation) -> None:
+        """The time of one token. Without any, the others get their turn now and then."""
+        seconds = self.options.scale / self.options.tokens_per_s
+        if seconds > 0:
+            await asyncio.sleep(seconds * self.faults.value("slow", 1.0))
+        elif generation.emitted % TOKENS_PER_TURN == TOKENS_PER_TURN - 1:
+            await asyncio.sleep(0)
+
+    def _fail_after(self, generation: Generation) -> None:
+        """What goes wrong after a number of tokens."""
+        if self._is_due("die_after_tokens", generation):
+            self.die()
+        if not generation.streamed:
+            return
+        if self._is_due("stall_stream", generation):
+            generation.stalled = True
+        if self._is_due("cut_body", generation):
+            raise BodyCut
+        if self._is_due("dead_in_stream", generation):
+            self.die()
+            raise DiedTelling
+
+    def _is_due(self, fault: str, generation: Generation) -> bool:
+        return generation.emitted >= self.faults.value(fault, 1.0) and self.faults.happens(fault)
+
+    def _token(self, seed: bytes, index: int, speaker: str) -> str:
         if index == 0:
-            return self.options.names[0]
-        digest = hashlib.sha256(f"{seed}\0{index}".encode()).digest()
+            return speaker
+        digest = hashlib.sha256(b"%b\0%d" % (seed, index)).digest()
         return " " + _WORDS[digest[0] % len(_WORDS)]

@@ -1,113 +1,206 @@
-"""The HTTP of a simulated engine: vLLM's paths, its parameters, its errors.
+"""The API server of a simulated engine: which path is answered by what, as vLLM has them; its errors, its metrics.
 
-As vLLM does, the development endpoints read their parameters from the query alone, and are there only with
-VLLM_SERVER_DEV_MODE=1.
+Paths are found as uvicorn and Starlette find them, with all that these forgive: escapes are decoded, of an absolute
+URI only the path counts. So what a proxy lets through in a disguise arrives here, too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
 
-from llmuxd.sim import answers
-from llmuxd.sim.engine import Aborted, Engine, EngineDead, NotPossible
+from llmuxd.sim import answers, development, generating, pooling, speech, wire
+from llmuxd.sim import asked as ask
+from llmuxd.sim.answers import Invalid, Refused, new_id
+from llmuxd.sim.development import Handler
+from llmuxd.sim.engine import Engine, EngineDead, NotPossible
 from llmuxd.sim.ledger import OutOfMemory
+from llmuxd.sim.wire import Context, reply
 
-VERSION = "0.32.0"
+ANTHROPIC = (ask.MESSAGES, "/v1/messages/count_tokens")
 
-MODES = ("abort", "wait", "keep")
+SERVING: Mapping[str, Handler] = {
+    ask.CHAT: generating.generate,
+    ask.BATCH: generating.generate,
+    ask.COMPLETIONS: generating.generate,
+    ask.MESSAGES: generating.generate,
+    ask.RESPONSES: generating.create_response,
+    ask.GENERATE: generating.generate_tokens,
+    "/v1/messages/count_tokens": generating.count_tokens,
+    "/invocations": generating.invoke,
+    "/v1/embeddings": pooling.embed,
+    "/v2/embed": pooling.embed_v2,
+    "/pooling": pooling.pool,
+    "/classify": pooling.classify,
+    "/score": pooling.score,
+    "/v1/score": pooling.score,
+    "/rerank": pooling.rerank,
+    "/v1/rerank": pooling.rerank,
+    "/v2/rerank": pooling.rerank,
+    "/generative_scoring": pooling.score_items,
+    "/v1/systemone": pooling.decide,
+    "/tokenize": pooling.tokenize,
+    "/detokenize": pooling.detokenize,
+    "/v1/audio/transcriptions": speech.transcribe,
+    "/v1/audio/translations": speech.transcribe,
+    "/v1/chat/completions/render": generating.disabled,
+    "/v1/completions/render": generating.disabled,
+}
+"""What is asked with POST."""
 
-GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
-POOLING = ("/v1/embeddings", "/pooling", "/score", "/v1/score", "/rerank", "/v1/rerank", "/classify")
+RESPONSE = "/v1/responses/{response_id}"
+CANCEL = RESPONSE + "/cancel"
+REALTIME = "/v1/realtime"
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def build(engine: Engine) -> web.Application:
-    """The application of one engine."""
-    api = _Api(engine)
-    app = web.Application(middlewares=[api.guard], client_max_size=2**30)
-    table: list[tuple[str, str, Handler]] = [
-        ("GET", "/health", api.health),
-        ("GET", "/ping", api.health),
-        ("GET", "/version", api.version),
-        ("GET", "/openapi.json", api.openapi),
-        ("GET", "/v1/models", api.models),
-        ("GET", "/metrics", api.metrics),
-        ("POST", "/tokenize", api.tokenize),
-        ("POST", "/detokenize", api.detokenize),
-        ("POST", "/v1/audio/transcriptions", api.transcribe),
-        ("POST", "/v1/audio/translations", api.transcribe),
-    ]
-    table += [("POST", path, api.generate) for path in GENERATING]
-    table += [("POST", path, api.pool) for path in POOLING]
-    if engine.options.development:
-        table += [
-            ("POST", "/sleep", api.sleep),
-            ("POST", "/wake_up", api.wake_up),
-            ("GET", "/is_sleeping", api.is_sleeping),
-            ("POST", "/pause", api.pause),
-            ("POST", "/resume", api.resume),
-            ("GET", "/is_paused", api.is_paused),
-            ("POST", "/collective_rpc", api.collective_rpc),
-            ("POST", "/reset_prefix_cache", api.reset_prefix_cache),
-            ("POST", "/release_kv_cache_memory", api.release_kv_cache),
-        ]
-    for method, path, handler in table:
-        app.router.add_route(method, path, handler)
-    return app
+METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
 
 
-class _Api:
-    """One method per path."""
+def build(engine: Engine) -> web.Server:
+    """The server of one engine."""
+    server = _Server(Context(engine))
+    loop = asyncio.get_running_loop()
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._names = engine.options.names
+    def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=wire.MAX_BODY)
 
-    @web.middleware
-    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._engine.dead and request.path != "/health":
-            return _dead()
+    return web.Server(server.serve, request_factory=request, access_log_format='%a - "%r" %s')
+
+
+class _Server:
+    """Finds who answers a request, and answers what they refuse."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        table: dict[tuple[str, str], Handler] = {
+            ("GET", "/health"): self._health,
+            ("GET", "/ping"): self._health,
+            ("POST", "/ping"): self._health,
+            ("GET", "/version"): self._version,
+            ("GET", "/openapi.json"): self._openapi,
+            ("GET", "/v1/models"): self._models,
+            ("GET", "/load"): self._load,
+            ("GET", "/kv_event_sources"): self._nothing,
+            ("GET", "/metrics"): self._metrics,
+            ("GET", RESPONSE): generating.show_response,
+            ("POST", CANCEL): generating.cancel_response,
+            **{("POST", path): handler for path, handler in SERVING.items()},
+            **development.handlers(context.engine.options),
+        }
+        self._table: dict[str, dict[str, Handler]] = {}
+        for (method, path), handler in table.items():
+            self._table.setdefault(path, {})[method] = handler
+
+    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        context = self._context
+        if "Authorization" in request.headers or "X-Api-Key" in request.headers:
+            context.credentials += 1
+        path = self._path(request.path)
         try:
-            return await handler(request)
+            response = await self._answer(request, path)
+        except Refused as error:
+            response = _refusal(path, error)
         except EngineDead:
-            return _dead()
+            response = _refusal(path, Refused(answers.DEAD, 500, "InternalServerError"))
         except NotPossible as error:
-            return _error(str(error), 500, "InternalServerError")
-        except web.HTTPException as error:
-            return _error(error.reason, error.status, error.reason)
+            response = _refusal(path, Refused(str(error), 500, "InternalServerError"))
         except OutOfMemory as error:
-            return _error(f"CUDA Error: out of memory ({error})", 500, "InternalServerError")
+            message = f"CUDA Error: out of memory ({error})"
+            response = _refusal(path, Refused(message, 500, "InternalServerError"))
+        if response.prepared or not isinstance(response, web.Response):
+            return response
+        if response.body and path in SERVING and context.engine.faults.happens("cut_body"):
+            return await wire.cut(context, request, response)
+        response.headers.update(wire.headers(context, request))
+        return response
+
+    @staticmethod
+    def _path(path: str) -> str:
+        """The path as the table names it."""
+        if path.startswith("/v1/responses/"):
+            parts = path.split("/")[3:]
+            if len(parts) == 1 and parts[0]:
+                return RESPONSE
+            if len(parts) == 2 and parts[0] and parts[1] == "cancel":
+                return CANCEL
+        # The metrics are mounted, with all that begins like them.
+        return "/metrics" if path.startswith("/metrics") else path
+
+    async def _answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        context, method = self._context, request.method
+        if path in development.PATHS:
+            context.development[path] += 1
+        if method == "OPTIONS" and {"Origin", "Access-Control-Request-Method"} <= set(request.headers):
+            return _preflight(request)
+        if request.headers.get("Upgrade", "").lower() == "websocket":
+            return await self._upgrade(request, path)
+        methods = self._table.get(path)
+        if methods is None:
+            return self._missing(request, path)
+        handler = methods.get(method)
+        if handler is None:
+            refused = reply({"detail": "Method Not Allowed"}, 405)
+            refused.headers["Allow"] = ", ".join(methods)
+            return refused
+        if context.engine.dead and path not in ("/health", "/ping", "/metrics"):
+            raise EngineDead
+        if path in SERVING or path in (RESPONSE, CANCEL):
+            context.requests[path] += 1
+            await wire.receive(request)
+            if await wire.harm(context, request):
+                return web.Response()
+        return await handler(context, request)
+
+    async def _upgrade(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        if path != REALTIME or request.method != "GET":
+            refused = web.Response(status=403)
+            refused.force_close()
+            return refused
+        self._context.requests[path] += 1
+        return await speech.realtime(self._context, request)
+
+    def _missing(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        bare = path.rstrip("/")
+        if bare and bare != path and bare in self._table:
+            query = f"?{request.query_string}" if request.query_string else ""
+            place = f"http://{request.headers.get('Host', '')}{bare}{query}"
+            return web.Response(status=307, headers={"Location": place})
+        return reply({"detail": "Not Found"}, 404)
 
     # Seeing
 
-    async def health(self, _request: web.Request) -> web.StreamResponse:
-        if self._engine.faults.happens("hang_health"):
+    async def _health(self, context: Context, _request: web.BaseRequest) -> web.StreamResponse:
+        if context.engine.faults.happens("hang_health"):
             await asyncio.Event().wait()
-        return web.Response(status=503 if self._engine.dead else 200)
+        return web.Response(status=503 if context.engine.dead else 200)
 
-    async def version(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response({"version": VERSION})
+    async def _version(self, context: Context, _request: web.BaseRequest) -> web.StreamResponse:
+        return reply({"version": ".".join(map(str, context.engine.options.version))})
 
-    async def openapi(self, request: web.Request) -> web.StreamResponse:
-        paths: dict[str, dict[str, Any]] = {}
-        for route in request.app.router.routes():
-            if route.resource is not None and route.method != "HEAD":
-                paths.setdefault(route.resource.canonical, {})[route.method.lower()] = {}
-        return web.json_response({"openapi": "3.1.0", "paths": paths})
+    async def _nothing(self, _context: Context, _request: web.BaseRequest) -> web.StreamResponse:
+        return reply({})
 
-    async def models(self, _request: web.Request) -> web.StreamResponse:
-        root = self._engine.options.model
-        data = [{"id": n, "object": "model", "owned_by": "vllm", "root": root} for n in self._names]
-        return web.json_response({"object": "list", "data": data})
+    async def _openapi(self, _context: Context, _request: web.BaseRequest) -> web.StreamResponse:
+        paths: dict[str, Any] = {
+            path: {method.lower(): {} for method in methods} for path, methods in self._table.items()
+        }
+        return reply({"openapi": "3.1.0", "paths": paths})
 
-    async def metrics(self, _request: web.Request) -> web.StreamResponse:
-        engine = self._engine
+    async def _load(self, context: Context, _request: web.BaseRequest) -> web.StreamResponse:
+        return reply({"server_load": len(context.engine.running) if context.engine.options.load_tracking else 0})
+
+    async def _models(self, context: Context, _request: web.BaseRequest) -> web.StreamResponse:
+        options = context.engine.options
+        cards = [_card(name, options.model, None) for name in options.names]
+        cards += [_card(name, path, options.names[0]) for name, path in options.loras.items()]
+        return reply({"object": "list", "data": cards})
+
+    async def _metrics(self, context: Context, _request: web.BaseRequest) -> web.StreamResponse:
+        engine = context.engine
         running = sum(g.scheduled for g in engine.running)
         state = {None: "awake", 0: "", 1: "weights_offloaded", 2: "discard_all"}[engine.level]
         lines = [
@@ -116,196 +209,51 @@ class _Api:
             f"vllm:kv_cache_usage_perc {min(1.0, running / 100)}",
             f"vllm:iteration_tokens_total_count {engine.tokens_total}",
             f"vllm:request_aborted_total {engine.aborted_total}",
+            f"llmux_sim_credentials_total {context.credentials}",
         ]
         lines += [
             f'vllm:engine_sleep_state{{sleep_state="{name}"}} {int(name == state)}'
             for name in ("awake", "weights_offloaded", "discard_all")
         ]
+        for metric, counts, paths in (
+            ("llmux_sim_requests_total", context.requests, (*SERVING, RESPONSE, CANCEL, REALTIME)),
+            ("llmux_sim_development_calls_total", context.development, sorted(development.PATHS)),
+        ):
+            lines += [f'{metric}{{path="{path}"}} {counts[path]}' for path in paths]
+        lines += [f'llmux_sim_rpc_total{{method="{name}"}} {count}' for name, count in sorted(context.rpcs.items())]
         return web.Response(text="\n".join(lines) + "\n")
 
-    # Serving
 
-    async def _json(self, request: web.Request) -> dict[str, Any] | web.Response:
-        """The body, or the answer to a request that cannot be served."""
-        try:
-            body = await request.json()
-        except ValueError as error:
-            return _error(f"invalid JSON: {error}", 400)
-        if not isinstance(body, dict):
-            return _error("the body has to be an object", 400)
-        model = body.get("model", self._names[0])
-        if model not in self._names:
-            return _error(f"The model `{model}` does not exist.", 404, "NotFoundError")
-        return body
-
-    async def generate(self, request: web.Request) -> web.StreamResponse:
-        body = await self._json(request)
-        if isinstance(body, web.Response):
-            return body
-        if self._engine.faults.happens("garbage_answer"):
-            assert request.transport is not None
-            request.transport.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
-            request.transport.close()
-            return web.Response()
-        prompt = answers.prompt_of(request.path, body)
-        if body.get("stream"):
-            return await self._stream(request, body, prompt)
-        tokens: list[str] = []
-        finish = "length"
-        try:
-            async for token in self._tokens(request, body, prompt):
-                tokens.append(token)
-        except Aborted:
-            finish = "abort"
-        model = body.get("model", self._names[0])
-        return web.json_response(answers.whole(request.path, model, prompt, tokens, finish))
-
-    def _tokens(self, request: web.Request, body: dict[str, Any], prompt: str) -> Any:
-        def gone() -> bool:
-            return request.transport is None or request.transport.is_closing()
-
-        return self._engine.generate(prompt, answers.tokens_of(body), gone)
-
-    async def _stream(self, request: web.Request, body: dict[str, Any], prompt: str) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        model = body.get("model", self._names[0])
-        count, finish = 0, "length"
-
-        async def send(event: dict[str, Any]) -> None:
-            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-
-        await response.prepare(request)
-        try:
-            async for token in self._tokens(request, body, prompt):
-                count += 1
-                await send(answers.piece(request.path, model, token, None))
-        except Aborted:
-            finish = "abort"
-        except ConnectionError:
-            return response
-        except EngineDead:
-            assert request.transport is not None
-            request.transport.close()
-            return response
-        await send(answers.piece(request.path, model, None, finish))
-        if (body.get("stream_options") or {}).get("include_usage"):
-            last = answers.piece(request.path, model, None, None)
-            await send({**last, "choices": [], "usage": answers.usage(prompt, count)})
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
-
-    async def pool(self, request: web.Request) -> web.StreamResponse:
-        body = await self._json(request)
-        if isinstance(body, web.Response):
-            return body
-        prompt = answers.prompt_of(request.path, body)
-        async for _ in self._tokens(request, {"max_tokens": 1}, prompt):
-            continue
-        return web.json_response(answers.pooled(request.path, body.get("model", self._names[0]), body))
-
-    async def transcribe(self, request: web.Request) -> web.StreamResponse:
-        form = await request.post()
-        model = form.get("model", self._names[0])
-        if model not in self._names:
-            return _error(f"The model {model!r} does not exist.", 404, "NotFoundError")
-        upload = form.get("file")
-        if not isinstance(upload, web.FileField):
-            return _error("no file", 400)
-        content = upload.file.read()
-        prompt = str(len(content))
-        text = "".join([token async for token in self._tokens(request, {"max_tokens": 4}, prompt)])
-        return web.json_response({"text": text, "bytes": len(content)})
-
-    async def tokenize(self, request: web.Request) -> web.StreamResponse:
-        body = await self._json(request)
-        if isinstance(body, web.Response):
-            return body
-        text = body["prompt"] if isinstance(body.get("prompt"), str) else answers.prompt_of(request.path, body)
-        tokens = list(text.encode())
-        return web.json_response({"count": len(tokens), "max_model_len": 4096, "tokens": tokens})
-
-    async def detokenize(self, request: web.Request) -> web.StreamResponse:
-        body = await self._json(request)
-        if isinstance(body, web.Response):
-            return body
-        return web.json_response({"prompt": bytes(body.get("tokens", [])).decode(errors="replace")})
-
-    # Development endpoints
-
-    async def sleep(self, request: web.Request) -> web.StreamResponse:
-        engine = self._engine
-        text, mode = request.query.get("level", "1"), request.query.get("mode", "abort")
-        if mode not in MODES or text not in ("0", "1", "2"):
-            return _error(f"level {text!r}, mode {mode!r}: unknown", 400, "Bad Request")
-        level = int(text)
-        if engine.faults.happens("refuse_sleep"):
-            engine.paused = True
-            return _error("AssertionError: Memory usage increased after sleeping.", 500, "InternalServerError")
-        if engine.faults.happens("die_in_sleep"):
-            engine.die()
-            raise EngineDead
-        if engine.faults.happens("hang_sleep"):
-            await asyncio.Event().wait()
-        if engine.faults.happens("lie_sleep"):
-            return web.json_response({"status": "sleeping"})
-        await engine.sleep(level, mode)
-        return web.json_response({"status": "sleeping"})
-
-    async def wake_up(self, request: web.Request) -> web.StreamResponse:
-        engine = self._engine
-        if engine.faults.happens("fail_wake"):
-            return _error("RuntimeError: wake up failed", 500, "InternalServerError")
-        if engine.faults.happens("oom_wake"):
-            return _error("CUDA Error: out of memory", 500, "InternalServerError")
-        if engine.faults.happens("die_in_wake"):
-            engine.die()
-            raise EngineDead
-        if engine.faults.happens("hang_wake"):
-            await asyncio.Event().wait()
-        await engine.wake(set(request.query.getall("tags", [])))
-        return web.json_response({"status": "sleeping" if engine.asleep else "awake"})
-
-    async def is_sleeping(self, _request: web.Request) -> web.StreamResponse:
-        async with self._engine.busy:
-            return web.json_response({"is_sleeping": self._engine.is_sleeping})
-
-    async def pause(self, request: web.Request) -> web.StreamResponse:
-        mode = request.query.get("mode", "abort")
-        if mode not in MODES:
-            return _error(f"mode {mode!r}: unknown", 400, "Bad Request")
-        await self._engine.pause(mode)
-        return web.json_response({"status": "paused"})
-
-    async def resume(self, _request: web.Request) -> web.StreamResponse:
-        self._engine.resume()
-        return web.json_response({"status": "resumed"})
-
-    async def is_paused(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response({"is_paused": self._engine.is_paused})
-
-    async def collective_rpc(self, request: web.Request) -> web.StreamResponse:
-        try:
-            body = await request.json()
-        except ValueError as error:
-            return _error(f"JSON decode error: {error}", 400, "Bad Request")
-        if not isinstance(body, dict) or "method" not in body:
-            return _error("Missing 'method' in request body", 400, "Bad Request")
-        if body["method"] == "reload_weights":
-            await self._engine.reload_weights()
-        return web.json_response({"results": [None]})
-
-    async def reset_prefix_cache(self, _request: web.Request) -> web.StreamResponse:
-        return web.json_response({"success": not self._engine.running})
-
-    async def release_kv_cache(self, _request: web.Request) -> web.StreamResponse:
-        self._engine.release_kv_cache()
-        return web.json_response({"status": "kv_cache_released"})
+def _card(name: str, root: str, parent: str | None) -> dict[str, Any]:
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "vllm", "root": root}
+    permission = {
+        "id": f"modelperm-{new_id()}",
+        "object": "model_permission",
+        "created": card["created"],
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    length = pooling.MAX_MODEL_LEN if parent is None else None
+    return {**card, "parent": parent, "max_model_len": length, "permission": [permission]}
 
 
-def _dead() -> web.Response:
-    return _error(answers.DEAD, 500, "InternalServerError")
+def _preflight(request: web.BaseRequest) -> web.Response:
+    """What vLLM answers to a browser that asks beforehand: everything is allowed."""
+    allowed = {"Access-Control-Allow-Methods": METHODS, "Access-Control-Max-Age": "600"}
+    if wanted := request.headers.get("Access-Control-Request-Headers"):
+        allowed["Access-Control-Allow-Headers"] = wanted
+    return web.Response(text="OK", headers=allowed)
 
 
-def _error(message: str, status: int, kind: str = "BadRequestError") -> web.Response:
-    return web.json_response(answers.error(message, status, kind), status=status)
+def _refusal(path: str, error: Refused) -> web.Response:
+    """An error in the form of its API; what is refused before any API has OpenAI's."""
+    if path in ANTHROPIC and not isinstance(error, Invalid):
+        return reply(answers.anthropic_error(str(error), error.kind), error.status)
+    return reply(answers.error(str(error), error.status, error.kind, error.param), error.status)

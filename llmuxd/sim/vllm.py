@@ -12,6 +12,8 @@ arguments of `vllm serve`, and more from its environment:
     LLMUX_SIM_OFFLOAD_GIB_S speed of a level-1 sleep: 10
     LLMUX_SIM_WAKE_GIB_S    speed of a level-1 wake: 20
     LLMUX_SIM_TOKENS_PER_S  of each request: 50
+    LLMUX_SIM_VERSION       the version that it says it is, which decides what /collective_rpc knows: 0.32.0
+    LLMUX_SIM_LEVEL         it comes up at once, asleep at this level (0, 1, 2): so a restored process is simulated
     LLMUX_SIM_LEDGER        the device, a file that `Ledger.create` made; without it memory is unlimited
     LLMUX_SIM_FAULTS        faults, as `llmuxd.sim.faults` reads them
     LLMUX_SIM_FAULT_FILE    a file of faults that may change while it runs
@@ -32,11 +34,12 @@ from aiohttp import web
 
 from llmuxd.sim.engine import Engine
 from llmuxd.sim.faults import Faults
-from llmuxd.sim.http import VERSION, build
+from llmuxd.sim.http import build
 from llmuxd.sim.ledger import GIB, Ledger, OutOfMemory
 from llmuxd.sim.options import Options, parse
+from llmuxd.tasks import poll
 
-CORE_POLL_SECS = 0.02
+POLL_SECS = 0.02
 
 log = logging.getLogger("vllm")
 
@@ -46,7 +49,7 @@ def main() -> None:
     options = parse(sys.argv[1:], os.environ)
     logging.basicConfig(level=logging.INFO, format="(APIServer pid=%(process)d) %(levelname)s %(asctime)s %(message)s")
     logging.getLogger("aiohttp.access").setLevel(logging.INFO)
-    log.info("vLLM API server version %s (simulated)", VERSION)
+    log.info("vLLM API server version %s (simulated)", ".".join(map(str, options.version)))
     listener = _listen(options)
     faults = Faults(options.faults, options.fault_file)
     engine = Engine(options, faults, None if options.ledger is None else Ledger(options.ledger))
@@ -79,7 +82,7 @@ async def _serve(engine: Engine, listener: socket.socket) -> int:
             return 0
         if not loading.result():
             return 1
-        runner = web.AppRunner(build(engine), access_log_format='%a - "%r" %s', handle_signals=False)
+        runner = web.ServerRunner(build(engine), handle_signals=False)
         await runner.setup()
         await web.SockSite(runner, listener, backlog=1024).start()
         log.info("Application startup complete.")
@@ -98,11 +101,18 @@ async def _serve(engine: Engine, listener: socket.socket) -> int:
 async def _load(engine: Engine) -> bool:
     """Load the engine; False, with vLLM's words on standard error, if that fails."""
     if engine.faults.happens("hang_start"):
-        await asyncio.Event().wait()
+
+        async def taken_away() -> bool:
+            return not engine.faults.stands("hang_start")
+
+        await poll(taken_away, POLL_SECS)
     try:
         if engine.faults.happens("die_at_start"):
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         await engine.start()
+        for name in engine.options.loras:
+            if name in engine.options.names:
+                raise RuntimeError(f"The lora adapter '{name}' conflicts with a served base model.")
     except OutOfMemory as error:
         assert engine.ledger is not None
         total, utilization = engine.ledger.total / GIB, engine.options.utilization
@@ -127,7 +137,7 @@ async def _until_over(engine: Engine, stop: asyncio.Event) -> bool:
     while not stop.is_set():
         if engine.dead:
             return True
-        await asyncio.sleep(CORE_POLL_SECS)
+        await asyncio.sleep(POLL_SECS)
     return False
 
 

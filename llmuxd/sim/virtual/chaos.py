@@ -7,10 +7,11 @@ timeouts that are reached, clients that leave, and faults in the middle of switc
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.core.eviction import AUTO, Auto, EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.core.policies import POLICIES
 from llmuxd.core.policy import Policy, PolicyParameters
 from llmuxd.core.settings import InFlight, ModelSpec, Placement, Settings
@@ -28,10 +29,18 @@ from llmuxd.sim.virtual.scenario import (
 )
 from llmuxd.sim.virtual.service import BatchService, SerialService, Service, Work
 
-EVICTIONS = [
-    EvictionPolicy.parse(text)
-    for text in ("offload+keep_running", "discard+keep_running", "retain+keep_running", "offload+stop")
+CELLS = [EvictionPolicy(weights, process) for weights in WeightStrategy for process in ProcessStrategy]
+
+COMMON = [EvictionPolicy.parse(text) for text in ("offload+keep_running", "discard+keep_running", "offload+stop")]
+
+EVICTIONS: list[EvictionPolicy | Auto] = [*CELLS, *COMMON * 4, AUTO, AUTO]
+"""The most common ones are drawn as often as all twelve together."""
+
+LEAVING: list[EvictionPolicy | Auto] = [
+    cell for cell in CELLS if cell.process in (ProcessStrategy.CUDA_SUSPEND, ProcessStrategy.CHECKPOINT)
 ]
+"""By these a process leaves its devices and comes back."""
+
 OPERATIONS = ("start", "sleep", "wake", "stop")
 WEIGHTS = {Move.AUTO: 3.0, Move.MANUAL: 0.5, Move.PIN: 0.5, Move.SHUTDOWN: 0.3}
 """How often an operator does what; 1 where nothing is said. Manual mode refuses most of what comes."""
@@ -45,18 +54,20 @@ def draw(seed: int) -> Scenario:
     """The scenario of a seed."""
     dice = random.Random(seed)
     devices, placements = _devices(dice)
-    models = tuple(_model(dice, name, placement) for name, placement in placements.items())
+    leaving = dice.random() < 0.25
+    evictions = LEAVING if leaving else EVICTIONS
+    models = tuple(_model(dice, name, placement, evictions) for name, placement in placements.items())
     names = [model.spec.name for model in models]
     secs = dice.choice([60.0, 300.0])
     chaotic = dice.random() < 0.8
-    return Scenario(
+    scenario = Scenario(
         models=models,
         devices=devices,
         settings=_settings(dice),
         policy=_policy(dice),
         arrivals=_arrivals(dice, names, secs),
         actions=_actions(dice, names, secs) if dice.random() < 0.6 else (),
-        faults=_faults(dice, names, secs) if chaotic else (),
+        faults=_faults(dice, names, secs, OPERATIONS[1:3] if leaving else OPERATIONS) if chaotic else (),
         build_service=_service(dice),
         begin_asleep=dice.random() < 0.7,
         jitter=dice.choice([0.0, 0.3]),
@@ -64,6 +75,9 @@ def draw(seed: int) -> Scenario:
         most_events=MOST_EVENTS,
         out_at_first=frozenset(names[1:2]) if len(names) > 2 and dice.random() < 0.2 else frozenset(),
     )
+    # Drawn last: the rest of a seed's scenario is the same with them and without.
+    priorities = dice.choice([(0,), (0, 0, 5), (-7, 0, 5, 100)])
+    return replace(scenario, arrivals=tuple(replace(a, priority=dice.choice(priorities)) for a in scenario.arrivals))
 
 
 def _devices(dice: random.Random) -> tuple[dict[str, int], dict[str, Placement]]:
@@ -85,10 +99,12 @@ def _devices(dice: random.Random) -> tuple[dict[str, int], dict[str, Placement]]
     return devices, placements
 
 
-def _model(dice: random.Random, name: str, placement: Placement) -> SimModel:
+def _model(
+    dice: random.Random, name: str, placement: Placement, evictions: Sequence[EvictionPolicy | Auto]
+) -> SimModel:
     spec = ModelSpec(
         name=name,
-        eviction=dice.choice(EVICTIONS),
+        eviction=dice.choice(evictions),
         placement=placement,
         start_timeout=40.0,
         max_in_flight=dice.choice([None, None, 1, 4]),
@@ -102,7 +118,13 @@ def _model(dice: random.Random, name: str, placement: Placement) -> SimModel:
         wake=dice.choice([0.0, 0.5, 3.0]),
         stop=dice.choice([0.0, 0.5]),
     )
-    return SimModel(spec, secs, can_park=dice.random() < 0.8, can_sleep=dice.random() < 0.9)
+    return SimModel(
+        spec,
+        secs,
+        can_park=dice.random() < 0.8,
+        can_sleep=dice.random() < 0.9,
+        keeps_image=dice.random() < 0.7,
+    )
 
 
 def _settings(dice: random.Random) -> Settings:
@@ -145,11 +167,20 @@ def _arrivals(dice: random.Random, names: list[str], secs: float) -> tuple[Arriv
 def _actions(dice: random.Random, names: list[str], secs: float) -> tuple[Action, ...]:
     weights = [WEIGHTS.get(move, 1.0) for move in Move]
     moves = dice.choices(list(Move), weights, k=dice.choice([2, 6, 12]))
-    drawn = [Action(round(dice.uniform(0.0, secs), 3), move, dice.choice(names)) for move in moves]
+    drawn = [
+        Action(round(dice.uniform(0.0, secs), 3), move, dice.choice(names), _eviction(dice, move)) for move in moves
+    ]
     return tuple(sorted(drawn, key=lambda action: action.at))
 
 
-def _faults(dice: random.Random, names: list[str], secs: float) -> tuple[Fault, ...]:
+def _eviction(dice: random.Random, move: Move) -> EvictionPolicy | Auto:
+    if move is Move.SET_EVICTION:
+        return dice.choice(EVICTIONS)
+    process = ProcessStrategy.CHECKPOINT if move is Move.BRING_IMAGE else dice.choice(list(ProcessStrategy))
+    return EvictionPolicy(dice.choice(list(WeightStrategy)), process)
+
+
+def _faults(dice: random.Random, names: list[str], secs: float, operations: Sequence[str]) -> tuple[Fault, ...]:
     faults: list[Fault] = []
     for _ in range(dice.choice([1, 3, 8, 20])):
         name = dice.choice(names)
@@ -157,6 +188,6 @@ def _faults(dice: random.Random, names: list[str], secs: float) -> tuple[Fault, 
             noticed = dice.choice([0.0, 0.3, 1.0])
             faults.append(EngineDies(round(dice.uniform(0.0, secs), 3), name, noticed))
         else:
-            kind = dice.choice(OPERATIONS)
+            kind = dice.choice(operations)
             faults.append(OperationGoesWrong(name, kind, dice.choice([0, 0, 1, 2, 4, 8]), dice.choice(list(OpFault))))
     return tuple(faults)

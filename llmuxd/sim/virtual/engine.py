@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
-from llmuxd.core.eviction import ProcessStrategy, WeightStrategy
+from llmuxd.core.eviction import Auto, EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.sim.virtual.scenario import OpFault, SimModel
 from llmuxd.sim.virtual.service import Service, Work
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from llmuxd.sim.virtual.world import World
 
 DIED_NOTICED_SECS = 0.2
+DIES_AFTER_SECS = 0.1
+
+OFFLOADED = EvictionPolicy(WeightStrategy.OFFLOAD, ProcessStrategy.KEEP_RUNNING)
+"""How one sleeps at first whose policy is left to be chosen."""
 
 
 class Physical(Enum):
@@ -32,6 +36,8 @@ class Physical(Enum):
     AWAKE = "awake"
     FALLING_ASLEEP = "falling asleep"
     ASLEEP = "asleep"
+    SAVED = "saved"
+    """There is no process, and an image of it."""
     WAKING = "waking"
     STOPPING = "stopping"
 
@@ -51,10 +57,20 @@ class VirtualEngine:
         self._inside: dict[int, Work] = {}
         self._counts = {"start": 0, "sleep": 0, "wake": 0, "stop": 0}
         self._incarnation = 0
-        self._asleep_by = model.spec.eviction
+        self._asleep_by = OFFLOADED if isinstance(model.spec.eviction, Auto) else model.spec.eviction
+        self._image: EvictionPolicy | None = None
+        """The policy by which the image was made that there is; None if there is none."""
+        self._spoilt = False
+        """That image is good for nothing, which shows when it is restored from."""
+        self._refused = False
+        """The core has been told that there is no image, or has said so itself."""
+        self._under_way: int | None = None
+        """The core's number of a start, sleep or wake that has not come to its end."""
         self._holds: Mapping[str, int] = {}
         self._operation = 0
         """Counts up with each; the completion of an older one is void."""
+        self._last_op = 0
+        """The core's number of its last command."""
         self._plan_number = 0
 
     # What the world asks
@@ -65,12 +81,39 @@ class VirtualEngine:
 
     def be_asleep(self) -> None:
         """As after a warm-up; one that is stopped when it has to go is not there."""
-        if self._model.can_sleep and self._asleep_by.process is ProcessStrategy.KEEP_RUNNING:
+        process = self._asleep_by.process
+        if not self._model.can_sleep or process is ProcessStrategy.STOP:
+            return
+        if process is ProcessStrategy.CHECKPOINT:
+            self.bring_image(self._asleep_by)
+        else:
             self._incarnation = 1
             self._enter(Physical.ASLEEP)
 
     def adoptable(self) -> bool:
         return self.physical in (Physical.STARTING, Physical.AWAKE, Physical.ASLEEP)
+
+    def image(self) -> e.ImageFound | None:
+        """What a daemon finds on the disk."""
+        if self._image is None:
+            return None
+        self._refused = False
+        return e.ImageFound(self.name, self._image, self._model.can_park, self._model.can_sleep)
+
+    def bring_image(self, eviction: EvictionPolicy, *, spoilt: bool = False) -> None:
+        """There is one from now on, in the place of any other."""
+        self._image, self._spoilt, self._refused = eviction, spoilt, False
+
+    def lose_image(self, *, known: bool) -> None:
+        """It is gone from the disk. `known`: the core knows, and must not have anything restored from it."""
+        self._image = None
+        self._refused = self._refused or known
+
+    def restore_failed(self, kind: e.FailureKind) -> None:
+        """Whoever tried it puts the image aside if that is to blame; this daemon's core forgets it at any rate."""
+        if kind is e.FailureKind.REFUSED:
+            self._image = None
+        self._refused = True
 
     def adoption(self) -> e.EngineAdopted:
         starting = self.physical is Physical.STARTING
@@ -83,6 +126,7 @@ class VirtualEngine:
     def vanish(self) -> None:
         """The process is gone, with all that it had."""
         self._operation += 1
+        self._under_way = None
         for request in self._inside:
             self._service.remove(request, self._world.now)
         self._inside.clear()
@@ -91,9 +135,12 @@ class VirtualEngine:
     def die(self, reason: str, noticed_after: float) -> None:
         """It ends unasked: its connections break now, the supervisor notices later."""
         self._break_all()
-        incarnation = self._incarnation
+        incarnation, op = self._incarnation, self._under_way
         self.vanish()
         self._report(e.EngineDied(self.name, incarnation, reason), noticed_after)
+        if op is not None:
+            # What is under way fails by it, too.
+            self._report(e.OperationFailed(self.name, op, e.FailureKind.DIED, reason), noticed_after)
 
     # Requests
 
@@ -155,6 +202,8 @@ class VirtualEngine:
     def carry_out(self, command: c.EngineCommand) -> None:
         """Begin what the core asks; it is told of the end as an event."""
         self._operation += 1
+        self._last_op = command.op
+        self._under_way = None if isinstance(command, c.StopEngine) else command.op
         if isinstance(command, c.StartEngine):
             self._start(command)
         elif isinstance(command, c.SleepEngine):
@@ -173,11 +222,24 @@ class VirtualEngine:
         self._operate("start", command.op, command.timeout, started, Physical.AWAKE, Physical.STARTING)
 
     def _wake(self, command: c.WakeEngine) -> None:
+        restores = command.eviction.process is ProcessStrategy.CHECKPOINT
+        if restores:
+            self._incarnation = command.op
+            if self._refused:
+                self._world.violate("image", f"{self.name} is restored, and its image was refused or is lost")
         if not self._allocate(command, "wake"):
             return
         self._physical(Physical.WAKING)
-        woke = e.EngineWoke(self.name, command.op)
-        self._operate("wake", command.op, command.timeout, woke, Physical.AWAKE, Physical.ASLEEP)
+        woke = e.EngineWoke(self.name, command.op, image_kept=restores and self._model.keeps_image)
+        if restores and (self._image is None or self._spoilt):
+            why = "there is no image any more" if self._image is None else "it is damaged"
+            failed = e.OperationFailed(self.name, command.op, e.FailureKind.REFUSED, why)
+            self._then(self._duration("wake", None), partial(self._arrive, Physical.GONE, failed))
+            return
+        back = Physical.GONE if restores else Physical.ASLEEP
+        if restores and not self._model.keeps_image:
+            self.lose_image(known=False)
+        self._operate("wake", command.op, command.timeout, woke, Physical.AWAKE, back)
 
     def _sleep(self, command: c.SleepEngine) -> None:
         world = self._world
@@ -191,7 +253,9 @@ class VirtualEngine:
             world.paused(request)
         self._plan()
         slept = e.EngineSlept(self.name, command.op)
-        self._operate("sleep", command.op, command.timeout, slept, Physical.ASLEEP, Physical.AWAKE)
+        saves = command.eviction.process is ProcessStrategy.CHECKPOINT
+        to = Physical.SAVED if saves else Physical.ASLEEP
+        self._operate("sleep", command.op, command.timeout, slept, to, Physical.AWAKE)
 
     def _stop(self, command: c.StopEngine) -> None:
         fault = self._fault("stop")
@@ -221,20 +285,40 @@ class VirtualEngine:
         elif fault is OpFault.HANG:
             late = e.OperationFailed(self.name, op, e.FailureKind.TIMEOUT, f"no {kind} in {timeout:g} s")
             self._then(timeout, partial(self._world.post, late))
+        elif fault is OpFault.HIDDEN_LIE and to is Physical.SAVED:
+            self._then(seconds, partial(self._arrive, to, done, spoilt=True))
         elif fault is OpFault.HIDDEN_LIE and kind == "sleep":
             self._world.hidden_lies += 1
             self._then(seconds, partial(self._arrive, to, done, keeps_memory=True))
         elif fault in (OpFault.FAIL, OpFault.LIE, OpFault.HIDDEN_LIE):
             lied = fault is not OpFault.FAIL and kind == "sleep"
             failure = e.FailureKind.LIED if lied else e.FailureKind.REFUSED
+            if kind == "sleep" and to is Physical.SAVED and fault is OpFault.FAIL:
+                # The dump alone has failed: it sleeps as its weights were told to.
+                failure, back = e.FailureKind.NOT_CHECKPOINTED, Physical.ASLEEP
+                self._asleep_by = EvictionPolicy(self._asleep_by.weights, ProcessStrategy.KEEP_RUNNING)
             failed = e.OperationFailed(self.name, op, failure, f"{kind} failed")
             self._then(seconds, partial(self._arrive, back, failed))
         else:
             self._then(seconds, partial(self._arrive, to, done))
+            if fault is OpFault.DIE_AFTER:
+                self._world.at(self._world.now + seconds + DIES_AFTER_SECS, partial(self._die_if, op))
 
-    def _arrive(self, state: Physical, event: e.EngineEvent, *, keeps_memory: bool = False) -> None:
+    def _die_if(self, op: int) -> None:
+        """Unless the core has asked for something else since."""
+        if self._last_op == op and self.physical is not Physical.GONE:
+            self.die("died soon after", DIED_NOTICED_SECS)
+
+    def _arrive(
+        self, state: Physical, event: e.EngineEvent, *, keeps_memory: bool = False, spoilt: bool = False
+    ) -> None:
         world = self._world
         held = self._holds
+        self._under_way = None
+        if state is Physical.SAVED:
+            # What is left of it is an image.
+            self.bring_image(self._asleep_by, spoilt=spoilt)
+            state = Physical.GONE
         self._enter(state)
         if keeps_memory:
             self._holds = held
@@ -272,7 +356,8 @@ class VirtualEngine:
             self._holds = placement.awake
         elif state is Physical.ASLEEP:
             retains = self._asleep_by.weights is WeightStrategy.RETAIN
-            self._holds = placement.retained if retains else placement.asleep
+            suspended = self._asleep_by.process is ProcessStrategy.CUDA_SUSPEND
+            self._holds = {} if suspended else placement.retained if retains else placement.asleep
         elif state is Physical.GONE:
             self._holds = {}
             self._plan()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from llmuxd.core.eviction import STOP, Auto, EvictionPolicy
 from llmuxd.core.policy import Policy
 from llmuxd.core.settings import ModelSpec, Settings
 from llmuxd.sim.virtual.service import BatchService, Service, Work
@@ -32,6 +33,8 @@ class SimModel:
     secs: EngineSecs = EngineSecs()
     can_park: bool = True
     can_sleep: bool = True
+    keeps_image: bool = True
+    """What it was restored from is there for another time."""
 
 
 ONE_TOKEN = Work(1, 1)
@@ -46,6 +49,7 @@ class Arrival:
     work: Work = ONE_TOKEN
     leaves_after: float | None = None
     """Seconds after which the client goes away, if it has not been answered by then."""
+    priority: int = 0
 
 
 class Move(str, Enum):
@@ -62,6 +66,14 @@ class Move(str, Enum):
     """With the models turned by one: the first is taken out, and one that was out comes back."""
     RESTART = "restart"
     """The daemon is killed and started again, wherever it is; it adopts what it finds."""
+    CHECKPOINT = "checkpoint"
+    """Sleep by the eviction of the action, whatever the model's own is."""
+    SET_EVICTION = "set_eviction"
+    """From now on the model's own is that of the action."""
+    BRING_IMAGE = "bring_image"
+    """There is another image of the model, made elsewhere by the eviction of the action."""
+    LOSE_IMAGE = "lose_image"
+    """Somebody removes the image of a model, and the daemon hears of it, or not before it wants it."""
     HAND_OVER = "hand_over"
     """The daemon makes way for the next one, which adopts what it is left."""
     SHUTDOWN = "shutdown"
@@ -75,6 +87,7 @@ class Action:
     at: float
     move: Move
     model: str = ""
+    eviction: EvictionPolicy | Auto = STOP
 
 
 class OpFault(str, Enum):
@@ -93,7 +106,10 @@ class OpFault(str, Enum):
     LIE = "lie"
     """A sleep that frees nothing, answered with success, and found out."""
     HIDDEN_LIE = "hidden_lie"
-    """The same, and not found out: whoever needs the memory next gets an out-of-memory error."""
+    """The same, and not found out: whoever needs the memory next gets an out-of-memory error. Of one that is saved it
+    is the image that is good for nothing."""
+    DIE_AFTER = "die_after"
+    """It succeeds, and the engine, if there is one then, dies a moment later."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,10 +45,14 @@ def _reduce(scenario: Scenario, name: str, fails: Callable[[Scenario], bool]) ->
 
 
 def _plainer(scenario: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
-    """Clients that stay and ask for one token, durations without jitter."""
+    """Clients that stay, ask for one token, and are as urgent as all; durations without jitter."""
     changes: list[dict[str, Any]] = [{"jitter": 0.0}] if scenario.jitter else []
     for number, arrival in enumerate(scenario.arrivals):
-        for plain in (replace(arrival, leaves_after=None), replace(arrival, work=ONE_TOKEN)):
+        for plain in (
+            replace(arrival, leaves_after=None),
+            replace(arrival, work=ONE_TOKEN),
+            replace(arrival, priority=0),
+        ):
             if plain != arrival:
                 arrivals = (*scenario.arrivals[:number], plain, *scenario.arrivals[number + 1 :])
                 changes.append({"arrivals": arrivals})

@@ -17,14 +17,19 @@ from functools import partial
 from llmuxd.core import commands as c
 from llmuxd.core import events as e
 from llmuxd.core.audit import Auditor, Violation
+from llmuxd.core.choice import Resources
+from llmuxd.core.engine_state import EngineState
+from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy
 from llmuxd.core.settings import ModelSpec
-from llmuxd.core.state import IllegalEvent
+from llmuxd.core.state import IllegalEvent, Model
 from llmuxd.core.switcher import Switcher
 from llmuxd.sim.virtual.engine import Physical, VirtualEngine
 from llmuxd.sim.virtual.scenario import Action, Arrival, EngineDies, Move, OperationGoesWrong, Scenario
 
 RESTART_SECS = 0.5
 """Between the end of one daemon and the next one's adoption of its engines."""
+
+_JOBS = (e.OperatorSwitch, e.OperatorWake, e.OperatorSleep, e.OperatorStop, e.Pin)
 
 SHUTDOWN_SECS = 5.0
 """What is in flight may go on for so long."""
@@ -85,11 +90,15 @@ class World:
         self._order = itertools.count()
         self._requests = itertools.count()
         self._jobs = itertools.count(1)
+        self._open_jobs: set[int] = set()
+        """Those of this daemon that have not ended."""
         self._tick_at: float | None = None
         self._clients: dict[int, Client] = {}
         """Those that have not ended, by request."""
         self._down = False
         """Between two daemons."""
+        self._adopting = False
+        """The daemon has not looked at all engines yet."""
         self.life = 0
         """Counts the daemons; what concerns an earlier one is void."""
         self._shut_down_in = 0
@@ -136,6 +145,8 @@ class World:
         if self.outcome.violation is None and self._clients:
             request = next(iter(self._clients))
             self.violate("ends_once", f"request {request} never ends")
+        if self.outcome.violation is None and self._open_jobs:
+            self.violate("jobs", f"job {min(self._open_jobs)} never ends")
         if self.outcome.violation is None and self._shut_down_in == self.life:
             for engine in self.engines.values():
                 if engine.physical is not Physical.GONE:
@@ -154,7 +165,9 @@ class World:
         if self._down:
             return
         self.outcome.events += 1
-        self.outcome.seen[type(event).__name__] += 1
+        self._note(event)
+        failing = self._failing(event)
+        restoring = failing is not None and failing.restoring
         commands = self.switcher.handle(event, self.now)
         if self._log is not None:
             self._log(f"{self.now:.6f} {event}")
@@ -166,7 +179,29 @@ class World:
             return
         for command in commands:
             self._carry_out(command)
+        if failing is not None:
+            self._check_escalation(failing, event, restoring=restoring)
+        if not isinstance(event, (e.RequestArrived, e.RequestFinished, e.ClientLeft)):
+            self._check_memory()
         self._arm()
+
+    def _note(self, event: e.Event) -> None:
+        """Count it, with what it is of."""
+        seen, what = self.outcome.seen, type(event).__name__
+        seen[what] += 1
+        if not isinstance(event, (e.EngineSlept, e.EngineWoke, e.EngineDied, e.OperationFailed)):
+            return
+        model = self.switcher.state.models.get(event.model)
+        if model is None:
+            return
+        process = "" if model.asleep_by is None else f", {model.asleep_by.process.value}"
+        if isinstance(event, e.EngineDied):
+            restored = ", restored" if model.restored and not model.answered and not process else process
+            seen[f"died: {model.state.value}{restored}"] += event.incarnation == model.incarnation
+        elif isinstance(event, e.OperationFailed):
+            seen[f"failed: {model.state.value}{process}, {event.kind.value}"] += event.op == model.op
+        else:
+            seen[f"{what} {model.asleep_by}"] += event.op == model.op
 
     def _arm(self) -> None:
         due = self.switcher.next_deadline
@@ -194,6 +229,11 @@ class World:
         elif isinstance(command, (c.StartEngine, c.SleepEngine, c.WakeEngine, c.StopEngine)):
             self.outcome.seen[type(command).__name__] += 1
             self.engines[command.model].carry_out(command)
+        elif isinstance(command, c.RefuseImage):
+            self.outcome.seen["image refused"] += 1
+            self.engines[command.model].lose_image(known=True)
+        elif isinstance(command, (c.JobDone, c.JobFailed)):
+            self._job_ended(command.job)
         elif isinstance(command, c.HandedOver):
             self._handed_over()
         elif isinstance(command, c.SwitchPhaseEnded):
@@ -216,7 +256,7 @@ class World:
         self._clients[request] = client
         if arrival.leaves_after is not None:
             self.at(self.now + arrival.leaves_after, partial(self._leave, request))
-        self.post(e.RequestArrived(request, arrival.model))
+        self.post(e.RequestArrived(request, arrival.model, priority=arrival.priority))
 
     def _leave(self, request: int) -> None:
         client = self._clients.get(request)
@@ -279,7 +319,47 @@ class World:
             self.outcome.serving_secs += self.now - self._busy_since
             self._busy_since = None
 
+    # What comes of failures
+
+    def _failing(self, event: e.Event) -> Model | None:
+        """The model, if the event says that an operation which is under way has failed."""
+        if not isinstance(event, e.OperationFailed):
+            return None
+        model = self.switcher.state.models.get(event.model)
+        if model is None or event.op != model.op or model.state is EngineState.STOPPING:
+            return None
+        return model
+
+    def _check_escalation(self, model: Model, event: e.Event, *, restoring: bool) -> None:
+        """Whatever has failed is stopped, but for an engine that could not be saved, and sleeps as well as any."""
+        assert isinstance(event, e.OperationFailed)
+        if restoring and event.kind is not e.FailureKind.OUT_OF_MEMORY:
+            self.engines[model.name].restore_failed(event.kind)
+        lives = event.kind is e.FailureKind.NOT_CHECKPOINTED
+        by = model.asleep_by
+        kept = by is not None and by.process is ProcessStrategy.KEEP_RUNNING
+        well = lives and kept and model.state in (EngineState.ASLEEP, EngineState.WAKING)
+        if model.state is not EngineState.STOPPING and not well:
+            self.violate("escalation", f"{model.name} is {model.state.value} after {event.kind.value}")
+
+    def _job_ended(self, job: int) -> None:
+        if job not in self._open_jobs:
+            self.violate("jobs", f"job {job} ends, and had ended before, or never began")
+        self._open_jobs.discard(job)
+
     # Memory
+
+    def _check_memory(self) -> None:
+        """No engine holds more than the core knows of: one that was saved or suspended holds nothing."""
+        state = self.switcher.state
+        if self.hidden_lies or self._down or self._adopting:
+            return
+        for name, engine in self.engines.items():
+            model = state.models.get(name)
+            known = {} if model is None else state.claim(model)
+            if any(amount > known.get(device, 0) for device, amount in engine.holds().items()):
+                what = "is gone" if model is None else f"is {model.state.value} ({model.asleep_by})"
+                self.violate("memory", f"{name} {what} and holds {dict(engine.holds())}")
 
     def free(self, device: str) -> int:
         """What no engine really holds."""
@@ -295,6 +375,8 @@ class World:
         if self._down:
             return
         event = self._event_of(action)
+        if isinstance(event, _JOBS):
+            self._open_jobs.add(event.job)
         if event is not None:
             self.post(event)
 
@@ -308,8 +390,25 @@ class World:
             return e.Shutdown(self.now + SHUTDOWN_SECS)
         if action.move in (Move.MANUAL, Move.AUTO):
             return e.SetMode(action.move is Move.MANUAL)
-        if action.model not in self.switcher.state.models:
+        engine = self.engines[action.model]
+        known = action.model in self.switcher.state.models
+        if action.move is Move.LOSE_IMAGE:
+            # Every second one is only found out when it is wanted.
+            told = known and bool(next(self._jobs) % 2)
+            engine.lose_image(known=told)
+            return e.ImageLost(action.model, "removed") if told else None
+        eviction = action.eviction
+        if action.move is Move.BRING_IMAGE:
+            assert isinstance(eviction, EvictionPolicy)
+            engine.bring_image(eviction)
+            return engine.image() if known else None
+        if not known:
             return None
+        if action.move is Move.SET_EVICTION:
+            return e.SetEviction(action.model, eviction)
+        if action.move is Move.CHECKPOINT:
+            assert isinstance(eviction, EvictionPolicy)
+            return e.OperatorSleep(next(self._jobs), action.model, eviction)
         make: Callable[[int, str], e.Event] = {
             Move.SWITCH: e.OperatorSwitch,
             Move.WAKE: e.OperatorWake,
@@ -336,7 +435,7 @@ class World:
 
     def _boot(self) -> None:
         """A daemon starts, and adopts what engines it finds."""
-        self._down = False
+        self._down, self._adopting = False, True
         self.life += 1
         self._tick_at = None
         scenario = self.scenario
@@ -354,6 +453,13 @@ class World:
                 self.post(engine.adoption())
             except IllegalEvent:
                 engine.vanish()
+        if any(model.auto for model in self.switcher.state.models.values()):
+            self.post(e.ResourcesMeasured(Resources(usable=frozenset(ProcessStrategy))))
+        for name, engine in self.engines.items():
+            image = engine.image()
+            if image is not None and name in self.switcher.state.models:
+                self.post(image)
+        self._adopting = False
 
     def _restart(self) -> None:
         """The daemon is gone from one moment to the next, and every connection with it."""
@@ -366,6 +472,8 @@ class World:
     def _handed_over(self) -> None:
         if self._clients:
             self.violate("ends_once", f"request {next(iter(self._clients))} is left at the handover")
+        if self._open_jobs:
+            self.violate("jobs", f"job {min(self._open_jobs)} is left at the handover")
         for engine in self.engines.values():
             if engine.physical in (Physical.FALLING_ASLEEP, Physical.WAKING, Physical.STOPPING):
                 self.violate("handover", f"{engine.name} is {engine.physical.value} at the handover")
@@ -373,6 +481,7 @@ class World:
 
     def _end_life(self) -> None:
         self._down = True
+        self._open_jobs.clear()
         self.life += 1
         self.at(self.now + RESTART_SECS, self._boot)
 
