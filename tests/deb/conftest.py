@@ -72,9 +72,10 @@ def make_machine(cache: Path, archive: Callable[[str], Path]) -> Iterator[MakeMa
     """Boots machines that live until the end of the session."""
     with ExitStack() as stack:
 
-        def make(release: str, *, unified: bool = True, packages: bool = True) -> Machine:
+        def make(release: str, *, unified: bool = True, packages: bool = True, criu: Path | None = None) -> Machine:
             found = archive(release) if packages else None
-            return stack.enter_context(Machine(cache / release, cache / "runs", unified=unified, archive=found))
+            machine = Machine(cache / release, cache / "runs", unified=unified, archive=found, criu=criu)
+            return stack.enter_context(machine)
 
         yield make
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+CRIU = "/opt/criu"
 BOOT_SECS = 60
 HALT_SECS = 30
 ENVIRONMENT = {
@@ -37,13 +38,19 @@ class Failed(AssertionError):
 
 
 class Machine:
-    """One booted machine. Use as a context manager: what it leaves outside is removed at the end."""
+    """One booted machine. Use as a context manager: what it leaves outside is removed at the end.
 
-    def __init__(self, tree: Path, runs: Path, *, unified: bool = True, archive: Path | None = None) -> None:
+    With `criu`, a folder that has one, processes can be saved in it.
+    """
+
+    def __init__(
+        self, tree: Path, runs: Path, *, unified: bool = True, archive: Path | None = None, criu: Path | None = None
+    ) -> None:
         self.release = tree.name
         self.unified = unified
         self._tree = tree
         self._archive = archive
+        self._criu = criu
         # Named by this process, so that a later run can tell what a killed one left behind.
         self._folder = runs / f"{os.getpid()}-{time.monotonic_ns()}"
         self.root = self._folder / "root"
@@ -206,6 +213,10 @@ class Machine:
         if self._archive:
             argv.append(f"--bind-ro={self._archive}:/srv/archive")
         environ = os.environ | {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": str(int(self.unified))}
+        if self._criu:
+            argv += ["--capability=CAP_CHECKPOINT_RESTORE", f"--bind-ro={self._criu}:{CRIU}"]
+            # A process under a system call filter, as nspawn's is, may not save another that is under one.
+            environ["SYSTEMD_SECCOMP"] = "0"
         self._cgroups = make_cgroups(f"llmux-{self._folder.name}")
         entering = ["sh", "-c", 'for group; do shift; [ "$group" != -- ] || break; echo $$ >"$group"; done; exec "$@"']
         entering += ["sh", *(str(group / "cgroup.procs") for group in self._cgroups), "--"]

@@ -230,8 +230,8 @@ def test_what_the_drop_in_for_checkpoints_adds(units: Machine) -> None:
     seen = probed(units, TOP / "packaging/systemd/checkpoint.conf")
     # The machine's first process is under a few of its own, nspawn's.
     assert seen["system call filters"] == units.out("grep Seccomp_filters: /proc/1/status").split()[1]
-    admin, ptrace, restore = 1 << 21, 1 << 19, 1 << 40
-    wanted = (admin | ptrace | restore) & bounding(units)
+    admin, ptrace, restore, setpcap = 1 << 21, 1 << 19, 1 << 40, 1 << 8
+    wanted = (admin | ptrace | restore | setpcap) & bounding(units)
     assert int(seen["capabilities"], 16) & wanted == wanted
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from tests.integration.stack import Daemon
+from tests.loops import use_wanted_loop
+
+use_wanted_loop()
 
 MakeDaemon = Callable[..., Daemon]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Head:
 
     @classmethod
     async def read(cls, reader: asyncio.StreamReader) -> Head:
-        lines = (await soon(reader.readuntil(b"\r\n\r\n"))).decode().split("\r\n")[:-2]
+        lines = (await soon(reader.readuntil(b"\r\n\r\n"))).decode("utf-8", "surrogateescape").split("\r\n")[:-2]
         pairs = [line.partition(":") for line in lines[1:]]
         return cls(lines[0], [(name, value.strip()) for name, _, value in pairs])
 
@@ -98,7 +98,7 @@ class Asked:
     async def stream(self, content_type: str = "text/event-stream") -> None:
         """The head of a chunked answer."""
         await self.send(
-            f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+            f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         )
 
     async def chunk(self, data: bytes) -> None:
@@ -165,8 +165,8 @@ def answering(raw: bytes) -> Script:
 
 
 def plain(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
-    """An answer with a length."""
-    lines = [f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "", ""]
+    """An answer with a length, the last on its connection."""
+    lines = [f"HTTP/1.1 {status}", *headers, "Connection: close", f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body
 
 
@@ -373,6 +373,13 @@ class Stack:
         await self.site.close()
 
 
+def core_of(models: Sequence[str], **settings: Any) -> Switcher:
+    """A core with one device, with room for one of these models."""
+    keep = EvictionPolicy.parse("offload+keep_running")
+    specs = [ModelSpec(name, keep, Placement({"gpu": 1})) for name in models]
+    return Switcher(specs, {"gpu": 1}, Settings(min_active=0.0, **settings), Fifo(), 0.0)
+
+
 @contextlib.asynccontextmanager
 async def serving(
     folder: Path,
@@ -381,19 +388,18 @@ async def serving(
     models: tuple[str, ...] = ("a",),
     holds: tuple[str, ...] = (),
     heartbeat_secs: float = 0.0,
+    limits: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Stack]:
     """A stack whose engines all follow `script`. Fails if at its end the core still holds a request."""
-    keep = EvictionPolicy.parse("offload+keep_running")
-    specs = [ModelSpec(name, keep, Placement({"gpu": 1})) for name in models]
-    switcher = Switcher(specs, {"gpu": 1}, Settings(min_active=0.0, **settings), Fifo(), 0.0)
+    switcher = core_of(models, **settings)
     async with contextlib.AsyncExitStack() as stack:
         engines = {
             name: await stack.enter_async_context(FakeEngine(folder / f"{name}.sock", script).listening())
             for name in models
         }
         served = Stack(engines, switcher, set(holds))
-        app = build_proxy(served.gate, Limits(MAX_BODY, heartbeat_secs), served.metrics)
+        app = build_proxy(served.gate, Limits(MAX_BODY, heartbeat_secs, **(limits or {})), served.metrics)
         served.site = await serve_proxy(app, "127.0.0.1", 0)
         try:
             yield served

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from llmuxd.sim.ledger import GIB, Ledger
+from tests.ports import free_port
 
 DEADLINE_SECS = 20.0
 DEVICE = 24 * GIB
@@ -84,7 +85,10 @@ class Daemon:
 
     def fault(self, model: str, text: str) -> None:
         """Set the faults of a model's engine, now and for its next starts."""
-        (self.home / "faults" / model).write_text(text)
+        # At once: an engine that reads a file while it is written finds nothing in it, and goes on.
+        new = self.home / "faults" / f"{model}.new"
+        new.write_text(text)
+        new.replace(new.with_suffix(""))
 
     def config(self) -> dict[str, Any]:
         models = {}
@@ -177,9 +181,9 @@ class Daemon:
 
     # Operators
 
-    def ctl(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def ctl(self, *words: str, timeout: float = DEADLINE_SECS * 2) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-m", "llmuxctl", "--socket", str(self.socket), *words]
-        return subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_SECS * 2)
+        return subprocess.run(argv, capture_output=True, text=True, timeout=timeout)
 
     def status(self) -> dict[str, Any]:
         done = self.ctl("--json", "status")
@@ -255,12 +259,6 @@ class Stream:
         """Leave, in the middle of it."""
         self._answer.close()
         self._connection.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Caller(threading.Thread):

@@ -212,6 +212,12 @@ def test_what_is_not_allowed_and_what_fails(stack: Served) -> None:
         ("eviction", {"model": "qwen", "eviction": 1}, "WEIGHTS+PROCESS"),
         ("mode", {"mode": "off"}, "use auto or manual"),
         ("warmup", {"models": "qwen"}, "a list of names"),
+        ("checkpoint", {"model": "qwen", "eviction": "discard+stop"}, "use discard+checkpoint"),
+        ("checkpoint", {"model": "qwen", "warmup": "no"}, '"warmup" has to be true or false'),
+        ("restore", {"model": "qwen", "detached": 1}, '"detached" has to be true or false'),
+        ("validate", {"model": "qwen", "policies": "discard+stop"}, "a list of eviction policies"),
+        ("validate", {"model": "qwen", "policies": []}, "a list of eviction policies"),
+        ("validate", {"model": "qwen", "policies": ["melt+stop"]}, "WEIGHTS+PROCESS"),
         ("unpin", {"model": "qwen"}, "unknown key 'model'; the body takes nothing"),
     ],
 )

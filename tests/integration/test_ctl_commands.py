@@ -333,6 +333,9 @@ WITH_EXAMPLES = [
     "sleep",
     "stop",
     "warmup",
+    "checkpoint",
+    "restore",
+    "validate",
     "pin",
     "mode",
     "eviction",
@@ -347,7 +350,7 @@ WITH_EXAMPLES = [
 def test_help_names_every_command_and_gives_examples(ctl: Ctl) -> None:
     said = ctl("--help")
     listed = re.findall(r"^  (\w+)  ", said.out.partition("Commands:")[2], re.MULTILINE)
-    assert (said.code, sorted(listed)) == (0, sorted([*WITH_EXAMPLES, "unpin", "config", "version"]))
+    assert (said.code, sorted(listed)) == (0, sorted([*WITH_EXAMPLES, "unpin", "config", "key", "version"]))
     for command in ([name] for name in WITH_EXAMPLES):
         shown = ctl(*command, "-h")
         assert (shown.code, f"\n  llmuxctl {command[0]}" in shown.out) == (0, True), shown.out

@@ -205,6 +205,8 @@ def test_an_exit_with_code_0_that_nobody_asked_for(bench: Bench) -> None:
 
     async def test() -> None:
         await engine.start(1, START_SECS)
+        # Else it might be gone first, and be seen so.
+        bench.child(engine).suspend()
         killed_at = time.monotonic()
         bench.tree(engine)[0].send_signal(signal.SIGTERM)
         await until_death(bench, killed_at)

@@ -15,6 +15,7 @@ from llmuxd.core.events import FailureKind
 from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.engine import EngineError
 from tests.integration.engine_bench import OFFLOAD, START_SECS, Bench, ask, complete
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -60,9 +61,7 @@ def test_the_address_is_for_this_user_alone(bench: Bench) -> None:
 
 
 def test_on_a_port(bench: Bench) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     engine = bench.engine(port=port)
 
     async def test() -> None:

@@ -84,7 +84,8 @@ def test_a_death_is_noticed_without_being_asked_for(daemon, victim):
 def test_a_stream_that_breaks_does_not_look_finished(daemon):
     stack = daemon(a=SLOW_TOKENS).start()
     body = b'{"model": "a", "prompt": "x", "max_tokens": 1000, "stream": true}'
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(body)
     with socket.create_connection(("127.0.0.1", stack.port), timeout=20) as client:
         client.sendall(head + body)
         got = client.recv(65536)
@@ -122,18 +123,31 @@ def test_a_sleep_that_fails_becomes_a_stop(daemon, fault):
 
 
 @pytest.mark.parametrize("fault", ["fail_wake*1", "die_in_wake*1", "hang_wake*1"])
-def test_a_wake_that_fails_answers_who_waits_and_the_next_is_served(daemon, fault):
+def test_an_engine_that_does_not_wake_is_started_anew_for_those_who_wait(daemon, fault):
     stack = daemon("a", "b", top={"wake_timeout_secs": 1}).start()
     stack.ask("a")
     stack.ask("b")
     pids = stack.engine_pids("a")
     stack.fault("a", fault)
+    assert stack.ask("a").status == 200
+    assert gone(*pids)
+    assert "a: waking -> stopping" in stack.log.read_text()
+    assert stack.ask("b").status == 200
+    assert stack.ask("a").status == 200
+    assert stack.ledger.overcommit() == 0
+
+
+def test_one_that_neither_wakes_nor_starts_answers_who_waits_and_the_next_is_served(daemon):
+    stack = daemon("a", "b").start()
+    stack.ask("a")
+    stack.ask("b")
+    stack.fault("a", "fail_wake*1, die_at_start*1")
     answer = stack.ask("a")
     assert answer.status == 503
     assert answer.json["error"]["code"] == "model_unavailable"
     assert stack.ask("b").status == 200
     until(lambda: stack.ask("a").status == 200, "served after its backoff")
-    assert gone(*pids)
+    assert stack.ledger.overcommit() == 0
 
 
 def test_an_engine_that_keeps_its_memory_while_it_sleeps_is_found_out(daemon):

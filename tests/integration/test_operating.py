@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -14,10 +16,10 @@ import urllib.request
 
 import pytest
 
-from tests.integration.stack import Caller, free_port, until
+from tests.integration.stack import Caller, until
+from tests.ports import free_port
 
 SLOW_TOKENS = {"env": {"LLMUX_SIM_SCALE": "0.01", "LLMUX_SIM_START_SECS": "1", "LLMUX_SIM_TOKENS_PER_S": "1"}}
-SLOW_START = {"env": {"LLMUX_SIM_SCALE": "0.05"}}
 
 
 def llmuxd(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -180,13 +182,16 @@ class TestWarmup:
         assert "a: one inference" in done.stderr or "inference" in done.stderr
 
     def test_before_the_port_opens(self, daemon):
-        stack = daemon(top={"warmup": True}, a=SLOW_START, b=SLOW_START).start(wait=False)
+        stack = daemon("a", "b", top={"warmup": True})
+        stack.fault("a", "hang_start")
+        stack.start(wait=False)
         until(stack.socket.exists, "the control socket is there first")
         with pytest.raises(OSError, match="refused"):
             socket.create_connection(("127.0.0.1", stack.port))
         # Nobody else gets the port meanwhile.
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", stack.port))
+        stack.fault("a", "")
         until(stack.serves, "it serves")
         assert {model["engine"] for model in stack.status()["models"].values()} == {"asleep"}
 
@@ -204,14 +209,19 @@ def test_a_stream_that_waits_is_told_its_place_and_how_long_it_will_take(daemon)
     assert stack.ask("a").status == 200
     busy = stack.stream("a", tokens=60).events()
     next(busy)
+    stack.fault("a", "hang_generation")
     first = Caller(lambda: stack.ask("b"))
     until(lambda: stack.model("b")["queued"] == 1, "one waits")
-    text = stack.request("POST", "/v1/completions", {"model": "b", "prompt": "x", "max_tokens": 3, "stream": True}).body
-    assert list(busy)[-1] == "[DONE]"
-    assert first.result().status == 200
-    comments = [line for line in text.decode().splitlines() if line.startswith(":")]
-    assert re.fullmatch(r": llmux waiting for b, place 2 in its queue, about \d+ s", comments[0])
-    assert text.rstrip().endswith(b"data: [DONE]")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", stack.port, timeout=20)) as connection:
+        asked = {"model": "b", "prompt": "x", "max_tokens": 3, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
+        waiting = connection.getresponse()
+        comment = waiting.readline().decode()
+        stack.fault("a", "")
+        assert list(busy)[-1] == "[DONE]"
+        assert first.result().status == 200
+        assert waiting.read().rstrip().endswith(b"data: [DONE]")
+    assert re.fullmatch(r": llmux waiting for b, place 2 in its queue, about \d+ s\n", comment)
 
 
 def test_a_client_says_how_long_it_will_wait(daemon):
@@ -294,14 +304,17 @@ class TestShutdown:
         assert stack.stop() == 0
 
     def test_in_the_middle_of_a_start(self, daemon):
-        stack = daemon(a=SLOW_START).start()
+        stack = daemon("a").start()
+        stack.fault("a", "hang_start")
         waiting = Caller(lambda: stack.ask("a"))
         until(lambda: stack.model("a")["pid"], "it starts")
         assert stack.stop() == 0
         assert waiting.result().status == 503
 
     def test_in_the_middle_of_a_warmup(self, daemon):
-        stack = daemon(top={"warmup": True}, a=SLOW_START).start(wait=False)
+        stack = daemon("a", top={"warmup": True})
+        stack.fault("a", "hang_start")
+        stack.start(wait=False)
         until(lambda: stack.socket.exists() and stack.model("a")["pid"], "it warms up")
         assert stack.stop() == 0
 

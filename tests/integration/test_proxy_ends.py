@@ -280,11 +280,10 @@ def test_an_engine_that_says_in_mid_stream_that_it_is_dead(tmp_path: Path) -> No
             await asked.chunk(events[0])
             await client.head()
             assert await client.chunk() == events[0]
-            for event in events[1:]:
-                await asked.chunk(event)
-                assert await client.chunk() == event
-            await asked.send(b"0\r\n\r\n")
-            assert await client.chunk() == b""
+            await asked.send(b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in [*events[1:], b""]))
+            said = json.loads((await client.chunk()).removeprefix(b"data: "))
+            assert said["error"]["code"] == "engine_died"
+            assert await client.ended() == b"", "no [DONE], and no end that looks like one"
             assert stack.ended == [e.RequestFinished(1, False)]
             await until(lambda: stack.count("a", 502) == stack.counted() == 1, "it is counted")
 
@@ -414,8 +413,7 @@ def test_a_client_that_does_not_read_is_not_kept_when_its_answer_breaks_off(
             await until(lambda: stack.counted() == 1, "it has ended")
             await asked.gone()
             assert stack.site is not None
-            server = stack.site._runner.server
-            assert server is not None
-            await until(lambda: not server.connections, "its connection is closed, unread as it is")
+            connections = stack.site._proxy.connections
+            await until(lambda: not connections, "its connection is closed, unread as it is")
 
     asyncio.run(run())

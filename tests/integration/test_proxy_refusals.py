@@ -157,7 +157,7 @@ def test_other_first_lines(tmp_path: Path, line: bytes) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("protocol", ["websocket", "h2c", "TLS/1.0"])
+@pytest.mark.parametrize("protocol", ["websocket", "h3c", "TLS/1.0"])
 @pytest.mark.parametrize("connection", ["Upgrade", "keep-alive"])
 def test_an_upgrade_is_refused_and_what_follows_it_is_not_read(tmp_path: Path, protocol: str, connection: str) -> None:
     async def run() -> None:
@@ -366,5 +366,19 @@ def test_headers_that_are_not_utf_8_break_nothing(tmp_path: Path) -> None:
             await client.send(post("/v1/completions", BODY).replace(b"Host:", b"X-Text: gr\xfcn\r\nHost:"))
             status = (await asyncio.wait_for(client.reader.readline(), 10)).split()[1]
             assert status == b"200"
+
+    asyncio.run(run())
+
+
+def test_http_2_that_is_offered_is_not_taken_for_a_websocket(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with serving(tmp_path) as stack:
+            client = await stack.connect()
+            await client.send(get("/v1/realtime?model=a", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"))
+            asked = await stack.engines["a"].next()
+            assert asked.head.get("upgrade") is None
+            assert asked.head.get("connection") is None
+            await asked.send(plain(b"{}"))
+            assert (await client.answer("GET")).status == 200
 
     asyncio.run(run())

@@ -42,12 +42,14 @@ def test_a_new_model_appears_and_a_removed_one_goes_when_it_has_finished(daemon)
     assert stack.ask("a").status == 200
     events = stack.stream("a", tokens=100).events()
     next(events)
+    stack.fault("a", "hang_generation")
     slow = stack.models.pop("a")
     stack.models["c"] = {"aliases": ["sea"]}
     assert reload(stack) == ["models.a", "models.c"]
     assert models(stack) == ["b", "c", "sea"]
     assert stack.ask("a").status == 404
     assert engines(stack)["a"][0] == "awake", "it finishes its stream"
+    stack.fault("a", "")
     assert list(events)[-1] == "[DONE]"
     until(lambda: "a" not in engines(stack), "it is gone")
     assert stack.ask("sea").status == 200
@@ -64,10 +66,12 @@ def test_what_an_engine_is_started_from_counts_when_it_is_idle(daemon):
     before = engines(stack)
     events = stack.stream("a", tokens=100).events()
     next(events)
+    stack.fault("a", "hang_generation")
     stack.models["a"] = {**SLOW_TOKENS, "extra_args": ["--max-model-len", "128"]}
     assert reload(stack) == ["models.a.extra_args"]
     assert stack.model("a")["outdated"]
     assert engines(stack)["a"] == before["a"], "its stream runs on"
+    stack.fault("a", "")
     assert list(events)[-1] == "[DONE]"
     until(lambda: engines(stack)["a"][0] == "not_started", "it is idle, and stopped")
     assert stack.ask("a").status == 200
@@ -81,10 +85,12 @@ def test_a_change_that_is_taken_back_stops_nothing(daemon):
     before = engines(stack)
     events = stack.stream("a", tokens=100).events()
     next(events)
+    stack.fault("a", "hang_generation")
     stack.models["a"] = {**SLOW_TOKENS, "extra_args": ["--max-model-len", "128"]}
     reload(stack)
     stack.models["a"] = SLOW_TOKENS
     reload(stack)
+    stack.fault("a", "")
     assert list(events)[-1] == "[DONE]"
     assert stack.ask("a").status == 200
     assert engines(stack) == before
@@ -185,9 +191,11 @@ def test_a_queue_for_a_removed_model_is_served(daemon):
     assert stack.ask("a").status == 200
     events = stack.stream("a", tokens=60).events()
     next(events)
+    stack.fault("a", "hang_generation")
     waiting = Caller(lambda: stack.ask("b"))
     until(lambda: stack.model("b")["queued"] == 1, "b's request waits")
     del stack.models["b"]
     reload(stack)
+    stack.fault("a", "")
     assert list(events)[-1] == "[DONE]"
     assert waiting.result().status == 200

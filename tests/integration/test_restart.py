@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from tests.integration.stack import Caller, Daemon, free_port, until
+from tests.integration.stack import Caller, Daemon, until
+from tests.ports import free_port
 
 SLOW_TOKENS = {"env": {"LLMUX_SIM_SCALE": "1", "LLMUX_SIM_TOKENS_PER_S": "50", "LLMUX_SIM_START_SECS": "0"}}
 SLOW_SLEEP = {
@@ -25,8 +26,6 @@ SLOW_SLEEP = {
         "LLMUX_SIM_OFFLOAD_GIB_S": "4",
     }
 }
-SLOW_START = {"env": {"LLMUX_SIM_SCALE": "0.25"}}
-"""5 s: the daemon is there again before it is over."""
 
 
 def identities(stack: Daemon) -> dict[str, tuple[int, float]]:
@@ -146,15 +145,15 @@ class TestKilled:
         stack.kill()
         waiting.join()
         stack.start(wait=False)
-        until(lambda: stack.log.read_text().count("Using selector") == 2, "it looks at them")
-        time.sleep(0.3)
+        until(lambda: "b: found its engine" in stack.log.read_text(), "it has looked at b")
         psutil.Process(server).kill()
         until(stack.serves, "it serves")
         assert stack.ask("b").status == 200
         assert "a: adopted" in stack.log.read_text()
 
     def test_one_that_was_starting_goes_on(self, daemon):
-        stack = daemon(a=SLOW_START).start()
+        stack = daemon("a").start()
+        stack.fault("a", "hang_start")
         waiting = Caller(lambda: stack.ask("a"))
         until(lambda: stack.model("a")["pid"], "it starts")
         before = identities(stack)
@@ -162,6 +161,7 @@ class TestKilled:
         waiting.join()
         stack.start()
         assert states(stack) == {"a": "starting"}
+        stack.fault("a", "")
         assert stack.ask("a").status == 200
         assert identities(stack) == before
 
@@ -264,9 +264,11 @@ class TestHandOver:
         assert stack.ask("a").status == 200
         events = stack.stream("a", tokens=60).events()
         next(events)
+        stack.fault("a", "hang_generation")
         waiting = Caller(lambda: stack.ask("b"))
         until(lambda: stack.model("b")["queued"] == 1, "b waits")
         stack.process.send_signal(signal.SIGUSR2)
+        stack.fault("a", "")
         assert list(events)[-1] == "[DONE]"
         assert waiting.result().status == 200
         assert stack.process.wait(20) == 75
@@ -289,7 +291,8 @@ class TestHandOver:
         assert stack.ask("a").status == 200
 
     def test_an_engine_that_starts_goes_on_starting(self, daemon):
-        stack = daemon(top={"shutdown_timeout_secs": 0.2}, a=SLOW_START).start()
+        stack = daemon("a", top={"shutdown_timeout_secs": 0.2}).start()
+        stack.fault("a", "hang_start")
         waiting = Caller(lambda: stack.ask("a"))
         until(lambda: stack.model("a")["pid"], "it starts")
         before = identities(stack)
@@ -297,11 +300,13 @@ class TestHandOver:
         assert waiting.result().status == 503, "its time is over before that of the start is"
         assert stack.process.wait(20) == 75
         stack.start()
+        stack.fault("a", "")
         assert stack.ask("a").status == 200
         assert identities(stack) == before
 
     def test_one_that_starts_goes_on_while_connections_are_ended(self, daemon):
-        stack = daemon(top={"shutdown_timeout_secs": 0.3}, a={**SLOW_START, "port": free_port()}).start()
+        stack = daemon(top={"shutdown_timeout_secs": 0.3}, a={"port": free_port()}).start()
+        stack.fault("a", "hang_start")
         waiting = Caller(lambda: stack.ask("a"))
         until(lambda: stack.model("a")["pid"], "it starts")
         before = identities(stack)
@@ -312,6 +317,7 @@ class TestHandOver:
             assert stack.process.wait(20) == 75
         waiting.join()
         stack.start()
+        stack.fault("a", "")
         assert stack.ask("a").status == 200
         assert identities(stack) == before
 

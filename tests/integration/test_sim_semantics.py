@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 
@@ -35,11 +36,11 @@ def test_weights_cannot_be_read_into_no_memory(sim):
 
 def test_a_sleeper_that_is_put_to_sleep_stays_as_it_is(sim):
     engine = sim().ready()
-    before = engine.ask()
+    before = engine.say()
     engine.call("POST", "/sleep?level=1&mode=wait")
     assert engine.call("POST", "/sleep?level=2&mode=wait")[0] == 200
     engine.call("POST", "/wake_up")
-    assert engine.ask() == before
+    assert engine.say() == before
 
 
 def test_a_pause_leaves_the_sleep_alone(sim):
@@ -47,7 +48,7 @@ def test_a_pause_leaves_the_sleep_alone(sim):
     engine.call("POST", "/sleep?level=1&mode=wait")
     assert engine.call("POST", "/pause?mode=keep")[0] == 200
     assert engine.metric('vllm:engine_sleep_state{sleep_state="weights_offloaded"}') == 1
-    assert engine.call("POST", "/wake_up")[1] == {"status": "awake"}
+    assert engine.call("POST", "/wake_up")[1]["status"] == "awake"
     assert engine.call("GET", "/is_paused")[1] == {"is_paused": False}
 
 
@@ -67,7 +68,7 @@ def test_a_wake_while_a_sleep_waits_undoes_its_pause(sim):
 def test_the_kv_cache_goes_only_from_a_paused_and_whole_engine(sim, tmp_path):
     ledger = Ledger.create(tmp_path / "device", 24 * GIB)
     engine = sim(ledger=str(tmp_path / "device"), weights_gib="4", kv_gib="2", residual_gib="1").ready()
-    before = engine.ask()
+    before = engine.say()
     assert engine.call("POST", "/release_kv_cache_memory")[0] == 500
     engine.call("POST", "/pause?mode=keep")
     assert engine.call("POST", "/release_kv_cache_memory")[0] == 200
@@ -75,15 +76,15 @@ def test_the_kv_cache_goes_only_from_a_paused_and_whole_engine(sim, tmp_path):
     assert engine.call("POST", "/release_kv_cache_memory")[0] == 500
     engine.call("POST", "/wake_up")
     assert ledger.held() == {engine.pids[1]: 7 * GIB}
-    assert engine.ask() == before
+    assert engine.say() == before
 
 
 def test_a_tag_that_is_not_asleep_wakes_nothing(sim):
     engine = sim().ready()
     engine.call("POST", "/sleep?level=1&mode=wait")
-    assert engine.call("POST", "/wake_up?tags=weights")[1] == {"status": "sleeping"}
-    assert engine.call("POST", "/wake_up?tags=weights&tags=kv_cache")[1] == {"status": "sleeping"}
-    assert engine.call("POST", "/wake_up?tags=kv_cache")[1] == {"status": "awake"}
+    assert engine.call("POST", "/wake_up?tags=weights")[1]["status"] == "sleeping"
+    assert engine.call("POST", "/wake_up?tags=weights&tags=kv_cache")[1]["status"] == "sleeping"
+    assert engine.call("POST", "/wake_up?tags=kv_cache")[1]["status"] == "awake"
 
 
 def test_the_head_of_a_stream_says_nothing_about_its_tokens(sim):
@@ -105,8 +106,6 @@ def test_the_head_of_a_stream_says_nothing_about_its_tokens(sim):
         ("POST", "/pause?mode=x", None, 400),
         ("POST", "/collective_rpc", "{", 400),
         ("POST", "/collective_rpc", {}, 400),
-        ("POST", "/v1/nowhere", {}, 404),
-        ("GET", "/sleep", None, 405),
     ],
 )
 def test_every_refusal_has_vllms_form(sim, method, path, body, status):
@@ -137,3 +136,56 @@ def test_a_writer_that_is_killed_leaves_the_device_whole(tmp_path, monkeypatch):
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert ledger.held() == {os.getpid(): 6}
+
+
+@pytest.mark.parametrize(
+    ("version", "down", "up", "unknown"),
+    [
+        ("0.32.0", "checkpoint_prepare", "checkpoint_restore", "suspend_nccl"),
+        ("0.31.2", "suspend_nccl", "resume_nccl", "checkpoint_prepare"),
+    ],
+)
+def test_without_its_communicators_an_engine_makes_no_token(sim, version, down, up, unknown):
+    def call(method: str) -> Any:
+        return engine.call("POST", "/collective_rpc", {"method": method})
+
+    engine = sim("m", "-tp", "2", version=version).ready()
+    assert engine.call("GET", "/version")[1] == {"version": version}
+    before = engine.say()
+    assert call(down) == (200, {"results": [None, None]})
+    assert call(up)[0] == 200
+    assert engine.say() == before
+    status, refused = call(unknown)
+    assert status == 500
+    assert f"Method '{unknown}' is not implemented" in refused["error"]["message"]
+    assert engine.metric(f'llmux_sim_rpc_total{{method="{unknown}"}}') == 1
+    call(down)
+    assert DEAD in engine.ask()["error"]["message"]
+    assert engine.process.wait(20) == 0
+    said = [line.partition(" collective_rpc ")[2] for line in engine.log.read_text().splitlines()]
+    assert [method for method in said if method] == [down, up, unknown, down]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_what_comes_up_asleep_is_what_was_saved(sim, tmp_path, level):
+    """At once, and where there would be no room for a start."""
+    saved = sim().ready()
+    before = saved.say()
+    saved.end()
+    saved.uds.unlink()
+    ledger = Ledger.create(tmp_path / "device", 24 * GIB)
+    ledger.hold(os.getpid(), 14 * GIB)
+    slow = {"scale": "1", "start_secs": "3600", "load_gib_s": "1000", "tokens_per_s": "1000"}
+    device = {"ledger": str(tmp_path / "device"), "weights_gib": "4", "kv_gib": "4", "residual_gib": "1"}
+    engine = sim("m", "-tp", "2", level=str(level), **slow, **device).ready()
+    assert engine.call("GET", "/is_sleeping")[1] == {"is_sleeping": True}
+    assert ledger.free() == (9 if level else 1) * GIB
+    assert engine.call("POST", "/collective_rpc", {"method": "checkpoint_restore"})[0] == 200
+    if level == 2:
+        engine.call("POST", "/wake_up?tags=weights")
+        engine.call("POST", "/collective_rpc", {"method": "reload_weights"})
+        engine.call("POST", "/wake_up?tags=kv_cache")
+    else:
+        engine.call("POST", "/wake_up")
+    assert ledger.free() == GIB
+    assert engine.say() == before

@@ -18,7 +18,8 @@ MODELS = ("tiny-a", "tiny-b", "big")
 SET_UP = "run tests/real/setup-vllm.sh, or `make test-vllm`, first"
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """What the set-up scripts have made."""
     given = os.environ.get("LLMUX_TEST_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmux-tests"
 
@@ -26,7 +27,7 @@ def _cache() -> Path:
 @pytest.fixture(scope="session")
 def vllm() -> Path:
     """The `vllm` command: LLMUX_TEST_VLLM, else the one that setup-vllm.sh has made."""
-    path = Path(os.environ.get("LLMUX_TEST_VLLM") or _cache() / "vllm-0.32.0" / "bin" / "vllm")
+    path = Path(os.environ.get("LLMUX_TEST_VLLM") or cache_folder() / "vllm-0.32.0" / "bin" / "vllm")
     assert os.access(path, os.X_OK), f"there is no {path}: {SET_UP}"
     return path
 
@@ -34,7 +35,7 @@ def vllm() -> Path:
 @pytest.fixture(scope="session")
 def models() -> dict[str, Path]:
     """The models that setup-vllm.sh has made, by name."""
-    found = {name: _cache() / "models-1" / name for name in MODELS}
+    found = {name: cache_folder() / "models-1" / name for name in MODELS}
     for path in found.values():
         assert (path / "config.json").exists(), f"there is no model {path}: {SET_UP}"
     return found

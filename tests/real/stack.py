@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import openai
 import psutil
 
+from tests.ports import free_port
+
 START_SECS = 400.0
 """Until the daemon serves, several engines warmed one after the other on a slow machine included."""
 
@@ -37,8 +39,15 @@ EXTRA_ARGS = [
     "--max-num-seqs=4",
     # Less to profile: a start takes two thirds of the time.
     "--max-num-batched-tokens=512",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
 ]
-ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "1",
+}
 
 GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 """Options of a request: the same answer every time, exactly as long as was asked for."""
@@ -54,13 +63,6 @@ def until(look: Callable[[], T], seconds: float, what: str) -> T:
             return found
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -56,12 +56,13 @@ Answer = tuple[int, Any]
 
 
 class Daemon:
-    """Answers by `METHOD path`, without the prefix. `asked` is what came."""
+    """Answers by `METHOD path`, without the prefix. `asked` is what came, `bodies` what came with it."""
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
         self.answers: dict[str, Answer] = {"GET status": (200, STATUS)}
         self.asked: list[str] = []
+        self.bodies: list[Any] = []
 
 
 @contextlib.contextmanager
@@ -83,8 +84,9 @@ def _handler(served: Daemon) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
             call = f"{self.command} {self.path.removeprefix('/control/')}"
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             served.asked.append(call)
+            served.bodies.append(json.loads(body or b"null"))
             status, body = served.answers.get(call, (404, {"error": "no such call"}))
             lines = body if isinstance(body, list) else [body]
             self.send_response(status)

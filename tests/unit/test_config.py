@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from llmuxd.config import ConfigError, describe, load_config, nearest, parse_config
-from llmuxd.core.eviction import EvictionPolicy
+from llmuxd.config import ConfigError, KeyConfig, describe, load_config, nearest, parse_config
+from llmuxd.core.eviction import AUTO, EvictionPolicy
 
 A = {"model_path": "org/a"}
+HASHES = tuple(digit * 64 for digit in "abcdef")
 
 # The example of llmux 0.7's README.
 README_OF_0_7 = """
@@ -103,11 +104,7 @@ def test_every_key_of_llmux_0_7_is_taken(tmp_path):
     assert_within(expected, describe(config))
     assert config.checkpoint.object_store is not None
     assert config.checkpoint.object_store.region == "us-east-1"
-    assert [warning.split(" ")[0] for warning in config.warnings] == [
-        "admin_port",
-        "models.mistral-7b.eviction",
-        "models.mistral-7b.checkpoint_path",
-    ]
+    assert [warning.split(" ")[0] for warning in config.warnings] == ["admin_port"]
 
 
 def assert_within(part, whole):
@@ -214,14 +211,42 @@ def test_a_loopback_address_is_not_warned_of(address):
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "10.0.0.1", "gpu-box.lan"])
 def test_an_open_address_is_warned_of(address):
     (warning,) = parse_config({"listen": address}, environ={}).warnings
-    assert warning == f'listen = "{address}": anyone who reaches this address may use the models'
+    assert warning == f'listen = "{address}": anyone who reaches it may use the models; see keys'
+    key = {"name": "alice", "sha256": HASHES[0]}
+    assert parse_config({"listen": address, "keys": [key]}, environ={}).warnings == ()
 
 
-@pytest.mark.parametrize("process", ["cuda_suspend", "checkpoint"])
-def test_evictions_that_are_carried_out_as_a_stop_are_warned_of(process):
-    data = {"policy": {"eviction": f"retain+{process}"}, "models": {"a": A, "b": {**A, "eviction": "discard+stop"}}}
-    (warning,) = parse_config(data, environ={}).warnings
-    assert warning == f"models.a.eviction retain+{process} is not supported yet: the engine is stopped"
+@pytest.mark.parametrize("eviction", ["retain+cuda_suspend", "discard+checkpoint", "auto"])
+@pytest.mark.parametrize("size", [["-tp", "2"], ["--tensor-parallel-size=2"], ["--pipeline_parallel_size", "4"]])
+def test_what_ranks_need_that_leave_their_devices_is_warned_of(eviction, size):
+    data = {"models": {"a": {**A, "eviction": eviction, "extra_args": size}}}
+    one, other = parse_config(data, environ={}).warnings
+    assert one.startswith(f"models.a.extra_args: an engine of several ranks under {eviction} needs --enforce-eager: ")
+    assert other.split(" needs ")[1].startswith("--disable-custom-all-reduce: ")
+
+
+@pytest.mark.parametrize(
+    ("eviction", "arguments"),
+    [
+        ("offload+keep_running", ["-tp", "2"]),
+        ("discard+checkpoint", []),
+        ("discard+checkpoint", ["-tp", "1"]),
+        ("discard+checkpoint", ["-tp"]),
+        ("auto", ["-tp", "2", "--enforce_eager", "--disable-custom-all-reduce"]),
+    ],
+)
+def test_where_nothing_is_needed_nothing_is_said_of_ranks(eviction, arguments):
+    data = {"models": {"a": {**A, "eviction": eviction, "extra_args": arguments}}}
+    assert parse_config(data, environ={}).warnings == ()
+
+
+def test_an_eviction_may_be_left_to_be_chosen():
+    config = parse_config(
+        {"policy": {"eviction": "auto"}, "models": {"a": A, "b": {**A, "eviction": "discard+stop"}}}, environ={}
+    )
+    assert (config.policy.eviction, config.models["a"].eviction) == (AUTO, AUTO)
+    shown = describe(config)
+    assert (shown["models"]["a"]["eviction"], shown["models"]["b"]["eviction"]) == ("auto", "discard+stop")
 
 
 @pytest.mark.parametrize("name", ["tenure", "fifo", "cost_aware", "time_slice"])
@@ -276,6 +301,71 @@ def test_the_description_is_json_without_secrets():
 
 def test_the_description_of_no_object_store_is_null():
     assert describe(parse_config({}, environ={}))["checkpoint"]["object_store"] is None
+
+
+class TestKeys:
+    def test_one_of_them_has_what_it_says_and_no_bounds_else(self, tmp_path):
+        file = tmp_path / "llmux.toml"
+        file.write_text(
+            f"""
+            [models.a]
+            model_path = "p"
+            aliases = ["gpt-4o", "big"]
+            [models.b]
+            model_path = "p"
+            [[keys]]
+            name = "alice"
+            sha256 = "{HASHES[0]}"
+            [[keys]]
+            name = "bob@example.com"
+            sha256 = "{HASHES[1].upper()}"
+            models = ["b", "big", "a", "gpt-4o"]
+            requests_per_minute = 60
+            max_parallel = 4
+            priority = -7
+            """
+        )
+        assert load_config(file, {}).keys == (
+            KeyConfig("alice", HASHES[0], None, None, None, 0),
+            KeyConfig("bob@example.com", HASHES[1], ("b", "a"), 60, 4, -7),
+        )
+
+    def test_json_has_them_as_a_list(self, tmp_path):
+        file = tmp_path / "config.json"
+        key = {"name": "alice", "sha256": HASHES[0], "models": None, "max_parallel": 3}
+        file.write_text(json.dumps({"keys": [key]}))
+        assert load_config(file, {}).keys == (KeyConfig("alice", HASHES[0], max_parallel=3),)
+
+    def test_they_are_shown_without_their_hashes(self):
+        config = parse_config({"keys": [{"name": "alice", "sha256": HASHES[0]}]}, environ={})
+        (shown,) = describe(config)["keys"]
+        assert shown == {
+            "name": "alice",
+            "sha256": "***",
+            "models": None,
+            "requests_per_minute": None,
+            "max_parallel": None,
+            "priority": 0,
+        }
+        assert HASHES[0] not in json.dumps(describe(config))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("*", "*"),
+        ("https://chat.example.com", "https://chat.example.com"),
+        ("HTTPS://Chat.Example.COM", "https://chat.example.com"),
+        ("https://a.b:443", "https://a.b"),
+        ("http://a.b:80", "http://a.b"),
+        ("http://a.b:443", "http://a.b:443"),
+        ("http://localhost:8080", "http://localhost:8080"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("chrome-extension://abcdefgh", "chrome-extension://abcdefgh"),
+    ],
+)
+def test_origins_are_taken_as_a_browser_spells_them(written, meant):
+    assert parse_config({"cors_origins": [written]}, environ={}).cors_origins == (meant,)
 
 
 @pytest.mark.parametrize(

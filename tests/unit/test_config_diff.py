@@ -26,6 +26,13 @@ def test_the_same_config_has_none():
         ({"port": 3001}, Change("port", "changed", Effect.RESTART, 3000, 3001)),
         ({"metrics_port": 0}, Change("metrics_port", "changed", Effect.RESTART, 9090, 0)),
         ({"max_queue": 5}, Change("max_queue", "changed", Effect.NOW, 1024, 5)),
+        ({"max_connections": 5}, Change("max_connections", "changed", Effect.NOW, 4096, 5)),
+        ({"max_head_bytes": 5}, Change("max_head_bytes", "changed", Effect.NOW, 65536, 5)),
+        ({"head_timeout_secs": 5}, Change("head_timeout_secs", "changed", Effect.NOW, 30.0, 5.0)),
+        ({"body_timeout_secs": 5}, Change("body_timeout_secs", "changed", Effect.NOW, 30.0, 5.0)),
+        ({"send_timeout_secs": 5}, Change("send_timeout_secs", "changed", Effect.NOW, 120.0, 5.0)),
+        ({"cors_origins": ["*"]}, Change("cors_origins", "changed", Effect.NOW, [], ["*"])),
+        ({"access_log": False}, Change("access_log", "changed", Effect.NOW, True, False)),
         ({"vllm_command": "v"}, Change("vllm_command", "changed", Effect.WHEN_IDLE, ["vllm"], ["v"])),
         (
             {"policy": {"policy_type": "fifo", "min_active_secs": 0}},
@@ -62,6 +69,19 @@ def test_a_secret_that_differs_is_seen_and_not_shown():
 
     assert differ(config("one"), config("two")) == [
         Change("models.a.env.HF_TOKEN", "changed", Effect.WHEN_IDLE, "***", "***")
+    ]
+
+
+def test_keys_of_clients_go_by_their_names():
+    alice, bob = ({"name": name, "sha256": name[0] * 64} for name in ("alice", "bob"))
+    assert differ({"keys": [alice, bob]}, {"keys": [bob, alice]}) == []
+    assert differ({"keys": [alice, bob]}, {"keys": [{**alice, "sha256": "0" * 64}, {**bob, "max_parallel": 3}]}) == [
+        Change("keys.alice.sha256", "changed", Effect.NOW, "***", "***"),
+        Change("keys.bob.max_parallel", "changed", Effect.NOW, None, 3),
+    ]
+    assert differ({"keys": [alice]}, {"keys": [bob]}) == [
+        Change("keys.alice", "removed", Effect.NOW),
+        Change("keys.bob", "added", Effect.NOW),
     ]
 
 

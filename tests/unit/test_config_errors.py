@@ -34,6 +34,13 @@ def policy(**values):
     return {"policy": values}
 
 
+def keys(*entries, **values):
+    """Two keys of clients: a good one, and one with these values, or the given one as it is."""
+    second = entries or ({"name": "bob", "sha256": "b" * 64, **values},)
+    models = {"mistral": {"model_path": "p", "aliases": ["big"]}}
+    return {"models": models, "keys": [{"name": "alice", "sha256": "a" * 64}, *second]}
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -41,20 +48,66 @@ def policy(**values):
         ({"prot": 1}, "prot: unknown key; did you mean 'port'?"),
         ({"Warmup": True}, "Warmup: unknown key; did you mean 'warmup'?"),
         ({"model": {}}, "model: unknown key; did you mean 'models'?"),
-        ({"zzz": 1}, "zzz: unknown key; allowed: admin_port, checkpoint, control_read_group, control_socket, "),
-        ({"zzz": None}, "zzz: unknown key; allowed: admin_port, "),
+        ({"zzz": 1}, "zzz: unknown key; allowed: access_log, admin_port, body_timeout_secs, checkpoint, "),
+        ({"zzz": None}, "zzz: unknown key; allowed: access_log, "),
         ({"a key": 1}, '"a key": unknown key; '),
         ({"warnings": []}, "warnings: unknown key; "),
         ({"runtime_dir": "/r"}, "runtime_dir: unknown key; "),
         (policy(evict="x"), "policy.evict: unknown key; did you mean 'eviction'?"),
         (model(modelpath=1), "models.a.modelpath: unknown key; did you mean 'model_path'?"),
-        (model(name="b"), "models.a.name: unknown key; allowed: aliases, "),
+        (model(zzz="b"), "models.a.zzz: unknown key; allowed: aliases, "),
+        (model(name="b"), "models.a.name: unknown key; it belongs into [[keys]]"),
         ({"checkpoint": {"criu": "x"}}, "checkpoint.criu: unknown key; did you mean 'criu_path'?"),
         ({"checkpoint": {"object_store": {**STORE, "buckets": 1}}}, "checkpoint.object_store.buckets: unknown key; did you mean 'bucket'?"),
         # Under the wrong header
         (policy(listen="::1"), "policy.listen: unknown key; it belongs to the top, before the first [table]"),
         ({"min_active_secs": 1}, "min_active_secs: unknown key; it belongs into [policy]"),
         ({"eviction": "x"}, "eviction: unknown key; it belongs into [models.NAME] or into [policy]"),
+        ({"requests_per_minute": 1}, "requests_per_minute: unknown key; it belongs into [[keys]]"),
+        # Keys of clients
+        ({"key": []}, "key: unknown key; did you mean 'keys'?"),
+        ({"keys": {"name": "x"}}, "keys: found a single table; allowed: an array of tables, [[keys]] above each"),
+        ({"keys": "llmux-hush"}, "keys: found a value of the type str; allowed: an array of tables, "),
+        ({"keys": ["llmux-hush"]}, "keys[0]: found a value of the type str; allowed: a table"),
+        (keys({"name": "b"}), "keys[1].sha256: is missing; allowed: the SHA-256 of a key, 64 hexadecimal digits"),
+        (keys({"sha256": "b" * 64}), "keys[1].name: is missing; allowed: a printable name without spaces"),
+        (keys(name=""), 'keys[1].name: found ""; allowed: a printable name without spaces that does not begin with'),
+        (keys(name="a b"), 'keys[1].name: found "a b"; '),
+        (keys(name="a\n"), 'keys[1].name: found "a\\n"; '),
+        (keys(name="a\u2003b"), 'keys[1].name: found "a\\u2003b"; '),
+        (keys(name="-"), 'keys[1].name: found "-"; '),
+        (keys(name=1), "keys[1].name: found 1; "),
+        (keys(name="alice"), 'keys[1].name: found "alice", which keys[0] has already'),
+        (keys(sha256="A" * 64), 'keys[1].sha256: found "***", which keys[0] has already'),
+        (keys(sha256="llmux-hush"), "keys[1].sha256: found a string of 10 characters; allowed: the SHA-256 of a key"),
+        (keys(sha256="g" * 64), "keys[1].sha256: found a string of 64 characters; "),
+        (keys(sha256="b" * 63), "keys[1].sha256: found a string of 63 characters; "),
+        (keys(sha256=7), "keys[1].sha256: found a value of the type int; "),
+        (keys(models=[]), "keys[1].models: found []; allowed: a list of names or aliases of models, at least one"),
+        (keys(models="a"), 'keys[1].models: found "a"; '),
+        (keys(models=["mistal"]), 'keys[1].models: found "mistal"; allowed: mistral, big (did you mean \'mistral\'?)'),
+        (keys(model=["a"]), "keys[1].model: unknown key; did you mean 'models'?"),
+        (keys(requests_per_minut=1), "keys[1].requests_per_minut: unknown key; did you mean 'requests_per_minute'?"),
+        (keys(max_queue=1), "keys[1].max_queue: unknown key; it belongs to the top, before the first [table] or into [models.NAME]"),
+        (keys(requests_per_minute=0), "keys[1].requests_per_minute: found 0; allowed: a whole number, 1 or more"),
+        (keys(max_parallel=0.5), "keys[1].max_parallel: found 0.5; allowed: a whole number, 1 or more"),
+        (keys(priority=101), "keys[1].priority: found 101; allowed: a whole number, -100 to 100"),
+        (keys(priority=True), "keys[1].priority: found true; "),
+        # Limits, and browsers
+        ({"max_connections": 0}, "max_connections: found 0; allowed: a whole number, 1 or more"),
+        ({"max_head_bytes": "64k"}, 'max_head_bytes: found "64k"; allowed: a whole number of bytes, 1 or more'),
+        ({"head_timeout_secs": 0}, f"head_timeout_secs: found 0; {SECONDS_ABOVE_0}"),
+        ({"body_timeout_secs": -1}, f"body_timeout_secs: found -1; {SECONDS_ABOVE_0}"),
+        ({"send_timeout_secs": True}, f"send_timeout_secs: found true; {SECONDS_ABOVE_0}"),
+        ({"access_log": 1}, "access_log: found 1; allowed: true or false"),
+        ({"cors_origins": "*"}, 'cors_origins: found "*"; allowed: a list of origins, each SCHEME://HOST or SCHEME://HOST:PORT, or "*" for all'),
+        ({"cors_origins": ["a.b"]}, 'cors_origins: found ["a.b"]; '),
+        ({"cors_origins": ["https://a.b/"]}, 'cors_origins: found ["https://a.b/"]; '),
+        ({"cors_origins": ["https://a.b:0"]}, 'cors_origins: found ["https://a.b:0"]; '),
+        ({"cors_origins": ["https://a.b:65536"]}, 'cors_origins: found ["https://a.b:65536"]; '),
+        ({"cors_origins": ["https://*.b"]}, 'cors_origins: found ["https://*.b"]; '),
+        ({"cors_origins": ["https://ä.b"]}, 'cors_origins: found ["https://ä.b"]; '),
+        ({"cors_origins": ["null"]}, 'cors_origins: found ["null"]; '),
         # Not supported yet
         (model(gpus=[0]), "models.a.gpus: is not supported yet"),
         (model(memory="8GiB"), "models.a.memory: is not supported yet"),
@@ -129,7 +182,7 @@ def policy(**values):
         ({"port": 9090}, "port: found 9090, which metrics_port has already"),
         ({"metrics_port": 3000}, "metrics_port: found 3000, which port has already"),
         # Evictions and policies
-        (policy(eviction="offload"), 'policy.eviction: found "offload"; allowed: "WEIGHTS+PROCESS" or a table of weights and process, weights one of retain, offload, discard, process one of keep_running, cuda_suspend, checkpoint, stop'),
+        (policy(eviction="offload"), 'policy.eviction: found "offload"; allowed: "auto", "WEIGHTS+PROCESS" or a table of weights and process, weights one of retain, offload, discard, process one of keep_running, cuda_suspend, checkpoint, stop'),
         (policy(eviction="stop+offload"), 'policy.eviction: found "stop+offload"; '),
         (policy(eviction=1), "policy.eviction: found 1; "),
         (policy(eviction={"weights": "offload"}), 'policy.eviction: found {"weights": "offload"}; '),
@@ -186,10 +239,14 @@ def test_a_default_that_does_not_count_collides_with_nothing():
 
 
 def test_an_object_store_needs_all_of_its_keys():
+    at = "checkpoint.object_store"
     assert problems({"checkpoint": {"object_store": {"bucket": "b"}}}) == [
-        f"checkpoint.object_store.{name}: is missing; allowed: a string that is not empty"
-        for name in ("endpoint", "access_key", "secret_key")
+        f"{at}.endpoint: is missing; allowed: a string that is not empty",
+        f"{at}.access_key: is missing; allowed: a string that is not empty, or {at}.access_key_file",
+        f"{at}.secret_key: is missing; allowed: a string that is not empty, or {at}.secret_key_file",
     ]
+    file = {"endpoint": "e", "bucket": "b", "access_key_file": "a", "secret_key": "s"}
+    assert parse_config({"checkpoint": {"object_store": file}}, environ={}).checkpoint.object_store is not None
 
 
 def test_every_problem_is_found_at_once():
@@ -216,6 +273,7 @@ def test_every_problem_is_found_at_once():
 def test_secrets_are_not_in_errors():
     data = {
         "checkpoint": {"object_store": {**STORE, "secret_key": ["hush"], "access_key": {"k": "hush"}}},
+        "keys": [{"name": "a", "sha256": "hush"}, {"name": "b", "sha256": ["hush"]}, "hush"],
         "models": {
             "a": {**A, "env": {"HF_TOKEN": "hush", "N": 1}, "extra_args": ["--api-key=hush"]},
             "b": {**A, "env": {"HF_TOKEN": "hush", "": "x"}},
@@ -223,7 +281,7 @@ def test_secrets_are_not_in_errors():
         },
     }
     said = problems(data)
-    assert len(said) == 6
+    assert len(said) == 9
     assert not any("hush" in problem for problem in said)
 
 
@@ -252,7 +310,7 @@ class TestSocketPaths:
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(10**400)
 ANYTHING = st.recursive(LEAVES, lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=4), some, max_size=3), max_leaves=6)  # fmt: skip
-PATHS = st.sampled_from(sorted({key.path for key in KEYS} | {"models", "models.*", "policy", "checkpoint", "checkpoint.object_store"}))  # fmt: skip
+PATHS = st.sampled_from(sorted({key.path for key in KEYS} | {"models", "models.*", "keys", "keys[]", "policy", "checkpoint", "checkpoint.object_store"}))  # fmt: skip
 
 
 @settings(derandomize=True, deadline=None, max_examples=300)
@@ -261,7 +319,13 @@ def test_whatever_a_file_holds_the_answer_is_a_configuration_or_problems(values)
     data: dict = {"models": {"a": dict(A)}}
     for path, value in sorted(values.items()):
         *tables, name = path.replace("*", "a").split(".")
+        if name == "keys[]":
+            data["keys"] = [value]
+            continue
         table = data
+        if tables == ["keys[]"]:
+            data["keys"] = [{"name": "n", "sha256": "a" * 64}]
+            tables, table = [], data["keys"][0]
         for part in tables:
             inner = table.setdefault(part, {})
             table = inner if isinstance(inner, dict) else table.__setitem__(part, {}) or table[part]

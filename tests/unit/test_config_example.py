@@ -13,6 +13,7 @@ from llmuxd.config import (
     CheckpointConfig,
     Config,
     ConfigError,
+    KeyConfig,
     ModelConfig,
     ObjectStoreConfig,
     PolicyConfig,
@@ -27,6 +28,7 @@ EXAMPLE = Path(__file__).parents[2] / "etc" / "llmux.toml"
 CLASSES = {
     "": Config,
     "models.*": ModelConfig,
+    "keys[]": KeyConfig,
     "policy": PolicyConfig,
     "checkpoint": CheckpointConfig,
     "checkpoint.object_store": ObjectStoreConfig,
@@ -37,6 +39,9 @@ UNITS = {
     "_bytes": "bytes",
     "max_queue": "requests",
     "max_in_flight": "requests",
+    "max_parallel": "requests",
+    "requests_per_minute": "requests",
+    "max_connections": "connections",
 }
 by_path = pytest.mark.parametrize("key", KEYS, ids=lambda key: key.path)
 
@@ -68,7 +73,14 @@ class TestKeys:
         if key.required or key.path == "admin_port" or table == "checkpoint.object_store":
             assert key.default in ("", '"us-east-1"')
             return
-        place = {"": config, "models.*": config.models["a"], "policy": config.policy, "checkpoint": config.checkpoint}
+        key_of_a_client = KeyConfig("n", "0" * 64)
+        place = {
+            "": config,
+            "models.*": config.models["a"],
+            "keys[]": key_of_a_client,
+            "policy": config.policy,
+            "checkpoint": config.checkpoint,
+        }
         used = getattr(place[table], name)
         if key.default == "":
             assert used is None
@@ -85,10 +97,20 @@ class TestKeys:
         assert said in EXAMPLE.read_text()
 
     def test_every_field_has_a_key(self):
-        not_keys = {"runtime_dir", "state_dir", "warnings", "name"} | {"models", "policy", "checkpoint", "object_store"}
+        tables = {"models", "keys", "policy", "checkpoint"}
+        not_keys = {
+            "": {"runtime_dir", "state_dir", "warnings", *tables},
+            "models.*": {"name"},
+            "checkpoint": {"object_store"},
+        }
         for table, kind in CLASSES.items():
             keys = {name for at, name in map(table_and_name, KEYS) if at == table}
-            assert keys - {"admin_port"} == {field.name for field in fields(kind)} - not_keys
+            assert keys - {"admin_port"} == {field.name for field in fields(kind)} - not_keys.get(table, set())
+
+
+def table_of(header):
+    """The table of keys that a header of the example begins, without its brackets."""
+    return {"models.qwen": "models.*", "[keys]": "keys[]"}.get(header, header)
 
 
 def uncommented(line):
@@ -108,12 +130,12 @@ class TestExample:
         at = ""
         for line in map(uncommented, EXAMPLE.read_text().splitlines()):
             header = re.fullmatch(r"\[(.+)\]", line)
-            at = header[1].replace("models.qwen", "models.*") if header else at
+            at = table_of(header[1]) if header else at
             if at == table and re.match(rf"{name} = |# {name} is accepted", line):
                 return
         pytest.fail(f"{key.path} is not in {EXAMPLE.name}")
 
-    def test_with_every_line_in_force_only_the_model_and_the_store_are_new(self, tmp_path):
+    def test_with_every_line_in_force_only_the_model_the_key_and_the_store_are_new(self, tmp_path):
         file = tmp_path / "llmux.toml"
         file.write_text("\n".join(map(uncommented, EXAMPLE.read_text().splitlines())))
         config = load_config(file, {})
@@ -121,9 +143,13 @@ class TestExample:
         (model,) = full.pop("models").values()
         assert None not in model.values(), "every key of a model is set"
         assert default.pop("models") == {}
+        (client,) = full.pop("keys")
+        assert None not in client.values(), "every key of a client's key is set"
+        assert client["models"] == ["qwen"]
+        assert default.pop("keys") == []
         assert full["checkpoint"].pop("object_store")["bucket"] == "checkpoints"
         assert default["checkpoint"].pop("object_store") is None
-        assert [warning.split(" ")[0] for warning in full.pop("warnings")] == ["models.qwen.checkpoint_path"]
+        assert full.pop("warnings") == []
         assert default.pop("warnings") == []
         assert full == default
 
@@ -141,7 +167,7 @@ class TestExample:
                 with pytest.raises(ConfigError, match=rf"unknown key; it belongs .*\[{re.escape(table)}\]"):
                     load_config(file, {})
                 tried += 1
-        assert tried == sum(key.path.startswith(("models.", "checkpoint.object_store.")) for key in KEYS)
+        assert tried == sum(key.path.startswith(("models.", "keys[]", "checkpoint.object_store.")) for key in KEYS)
 
     def test_a_line_of_a_table_that_is_there_is_valid_by_itself(self, tmp_path):
         file = tmp_path / "llmux.toml"

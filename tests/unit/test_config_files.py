@@ -91,6 +91,24 @@ class TestConfD:
         write("conf.d/a.toml", 'models.a.model_path = "p"\n')
         assert list(load_config(file, {}).models) == ["a"]
 
+    def test_keys_add_up_and_each_file_counts_its_own(self, write):
+        def key(name, digit, more=""):
+            return f'[[keys]]\nname = "{name}"\nsha256 = "{digit * 64}"\n{more}'
+
+        file = write("llmux.toml", key("alice", "a") + key("bob", "b"))
+        write("conf.d/10.toml", key("carol", "c"))
+        assert [one.name for one in load_config(file, {}).keys] == ["alice", "bob", "carol"]
+        write("conf.d/20.toml", key("alice", "d") + key("dora", "d") + key("eve", "b", "max_paralel = 1\n"))
+        write("conf.d/30.toml", '[[keys]]\nname = "frank"\n')
+        assert said(file) == [
+            "conf.d/20.toml: keys[2].max_paralel: unknown key; did you mean 'max_parallel'?",
+            "conf.d/30.toml: keys[0].sha256: is missing; allowed: the SHA-256 of a key, 64 hexadecimal digits; "
+            "`llmuxctl key new NAME` makes both",
+            'conf.d/20.toml: keys[0].name: found "alice", which keys[0] of llmux.toml has already',
+            'conf.d/20.toml: keys[1].sha256: found "***", which keys[0] has already',
+            'conf.d/20.toml: keys[2].sha256: found "***", which keys[1] of llmux.toml has already',
+        ]
+
     def test_one_table_may_be_spread_over_files(self, write):
         file = write("llmux.toml", "[models.a]\nport = 8001\n")
         write("conf.d/a.toml", '[models.a]\nmodel_path = "p"\n')

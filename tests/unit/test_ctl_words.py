@@ -65,7 +65,11 @@ def test_the_socket_on_the_line_counts(served: Daemon) -> None:
 
 
 def test_evictions_modes_options_and_files(served: Daemon) -> None:
-    assert _plain(_complete(["eviction", "qwen"], "", socket=served.socket)) == list(words.EVICTIONS)
+    assert _plain(_complete(["eviction", "qwen"], "", socket=served.socket)) == ["auto", *words.EVICTIONS]
+    assert _plain(_complete(["validate", "qwen", "--policies"], "retain+stop,discard+s")) == [
+        "retain+stop,discard+stop"
+    ]
+    assert "retain+stop,retain+stop" not in _plain(_complete(["validate", "qwen", "--policies"], "retain+stop,"))
     assert _plain(_complete(["sleep", "qwen", "--eviction"], "discard+s")) == ["discard+stop"]
     assert _plain(_complete(["mode"], "")) == ["auto", "manual"]
     assert "--eviction" in _plain(_complete(["sleep"], "--"))

@@ -78,7 +78,7 @@ def test_they_do_not_depend_on_where_they_are_made(folder: Path, tmp_path: Path)
 def test_every_command_argument_and_option_is_there(folder: Path) -> None:
     text = _plain(folder, "llmuxctl.1")
     commands = list(man._commands(group))
-    assert len(commands) >= 19
+    assert len(commands) >= 20
     for path, command in commands:
         section = text.partition(f"\n.SS llmuxctl {path}\n")[2].partition("\n.S")[0]
         for parameter in command.params:
@@ -113,7 +113,8 @@ def test_every_key_is_there_with_all_that_is_known_of_it(folder: Path) -> None:
         sections[title] = body.partition("\n.SH ")[0]
     for key in KEYS:
         table, _, name = key.path.rpartition(".")
-        body = sections[f"[{table}]" if table else "TOP LEVEL"]
+        array = table.endswith("[]")
+        body = sections[f"[[{table[:-2]}]]" if array else f"[{table}]" if table else "TOP LEVEL"]
         entry = body.partition(f"\n.TP\n{name} = {key.type}")[2].partition("\n.TP\n")[0]
         assert key.meaning.replace("`", "") in entry, key.path
         assert key.allowed.replace("`", "") in entry, key.path
@@ -124,7 +125,7 @@ def test_every_key_is_there_with_all_that_is_known_of_it(folder: Path) -> None:
 
 def test_the_examples_of_the_config_are_good(folder: Path) -> None:
     examples = list(_examples(folder, "llmux.toml.5"))
-    assert len(examples) == 2
+    assert len(examples) == 3
     for lines in examples:
         parse_config(tomllib.loads("\n".join(lines)), environ={})
 

@@ -60,7 +60,7 @@ def with_runtime(folder: Path, test: Callable[[Runtime], Awaitable[Any]]) -> Any
 def test_the_client_whose_request_broke_the_core_is_answered_and_the_next_is_served(tmp_path, monkeypatch):
     async def test(runtime: Runtime) -> None:
         with monkeypatch.context() as broken:
-            broken.setattr(Requests, "arrived", boom)
+            broken.setattr(Requests, "_arrived", boom)
             ticket = runtime.gate.submit("a")
         with pytest.raises(Refused, match=r"^internal error$") as refused:
             await ticket.admitted()
@@ -147,7 +147,7 @@ def test_deadlines_that_break_are_told(tmp_path, monkeypatch):
 
 def test_the_first_break_is_the_reason_and_is_logged_with_its_event(tmp_path, monkeypatch, caplog):
     async def test(runtime: Runtime) -> tuple[bool, str]:
-        monkeypatch.setattr(Requests, "arrived", boom)
+        monkeypatch.setattr(Requests, "_arrived", boom)
         for _ in range(3):
             runtime.gate.submit("a")
         monkeypatch.setattr(Operator, "dispatch", boom)
@@ -160,7 +160,7 @@ def test_the_first_break_is_the_reason_and_is_logged_with_its_event(tmp_path, mo
         "the scheduler broke over RequestArrived: ZeroDivisionError('oh')",
     )
     assert caplog.text.count("broke over RequestArrived") == 1
-    assert "It was RequestArrived(request=1, model='a', patient=False, most_wait=None)" in caplog.text
+    assert "It was RequestArrived(request=1, model='a', patient=False, most_wait=None, priority=0)" in caplog.text
     assert "broke over SetMode" in caplog.text
     assert "invariant" not in caplog.text, "a core that is known to be broken is not audited"
 

@@ -87,7 +87,7 @@ def test_a_core_that_breaks_is_told_and_nobody_who_posts_is_hurt(runtime, monkey
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(Requests, "arrived", broken)
+    monkeypatch.setattr(Requests, "_arrived", broken)
     runtime.post(e.RequestArrived(1, "a"))
     alive, reason = runtime.self_check.alive()
     assert (alive, reason) == (False, "the scheduler broke over RequestArrived: ZeroDivisionError('oh')")
@@ -100,7 +100,7 @@ def test_a_queue_that_does_not_move_is_told_once_with_its_reason(runtime, clock,
     wake(runtime, "a")
     assert runtime.switcher.state.models["a"].state is S.AWAKE
     monkeypatch.setattr(Requests, "may_forward", lambda self, model, now: False)
-    runtime.post(e.RequestArrived(1, "a"))
+    runtime.gate.submit("a")
     runtime.self_check.probe()
     assert runtime.health() == (True, "ok"), "it may take a moment"
     for _ in range(3):
@@ -110,16 +110,10 @@ def test_a_queue_that_does_not_move_is_told_once_with_its_reason(runtime, clock,
     assert runtime.self_check.alive() == (True, "ok"), "no restart mends a queue"
     assert caplog.text.count("it is awake, and nothing is forwarded") == 1
     monkeypatch.undo()
-    runtime.gate._tickets[1] = _Taken()  # type: ignore[assignment]
     runtime.post(e.Tick())
     runtime.self_check.probe()
     assert runtime.health() == (True, "ok")
     assert "the queue of a moves again" in caplog.text
-
-
-class _Taken:
-    def grant(self, _grant: object) -> None:
-        """The request goes to its engine, which is none."""
 
 
 def test_a_broken_invariant_is_counted_and_logged_once_a_minute(runtime, clock, caplog):

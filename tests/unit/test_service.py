@@ -8,13 +8,14 @@ import os
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from llmuxd import logs
 from llmuxd.core import events as e
 from llmuxd.notices import log_notice
+from llmuxd.proxy.access import Call
 from llmuxd.service import Service, status_line
 from llmuxd.tasks import poll
 from tests.core.playbook import DISCARD, OFFLOAD, Play, spec
@@ -70,9 +71,15 @@ class TestStatusLine:
 
 
 class FakeJournal(logging.Handler):
+    sent: ClassVar[list[tuple[str, dict[str, str]]]] = []
+
     def __init__(self, **fields: str) -> None:
         super().__init__()
         self.fields = fields
+
+    @classmethod
+    def send(cls, message: str, **fields: str) -> None:
+        cls.sent.append((message, fields))
 
 
 @pytest.fixture
@@ -80,6 +87,8 @@ def systemd(monkeypatch: pytest.MonkeyPatch) -> None:
     """python3-systemd, as far as it is used."""
     journal: Any = types.ModuleType("systemd.journal")
     journal.JournalHandler = FakeJournal
+    journal.send = FakeJournal.send
+    FakeJournal.sent.clear()
     monkeypatch.setitem(sys.modules, "systemd", types.ModuleType("systemd"))
     monkeypatch.setitem(sys.modules, "systemd.journal", journal)
 
@@ -95,6 +104,38 @@ def stderr(tmp_path: Any) -> Iterator[int]:
 def as_systemd_names_it(descriptor: int) -> dict[str, str]:
     found = os.fstat(descriptor)
     return {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+
+
+class TestAccessLog:
+    @pytest.fixture
+    def call(self) -> Call:
+        call = Call("mine", "POST", "/v1/completions")
+        call.key_name, call.model, call.status = "alice", "qwen", 200
+        call.sent(b'{"usage": {"prompt_tokens": 7, "completion_tokens": 3}}')
+        return call
+
+    def test_a_request_is_an_entry_of_the_journal_with_fields(self, systemd, stderr, call):
+        logs.access_writer(as_systemd_names_it(stderr), stderr)([call, call])
+        assert len(FakeJournal.sent) == 2
+        line, fields = FakeJournal.sent[0]
+        assert line == call.line()
+        assert (
+            fields.items()
+            >= {
+                "SYSLOG_IDENTIFIER": "llmuxd",
+                "REQUEST_ID": "mine",
+                "KEY_NAME": "alice",
+                "MODEL": "qwen",
+                "STATUS": "200",
+                "PROMPT_TOKENS": "7",
+                "COMPLETION_TOKENS": "3",
+            }.items()
+        )
+
+    def test_elsewhere_it_is_a_line_each(self, stderr, call, tmp_path):
+        logs.access_writer({}, stderr)([call, call])
+        lines = (tmp_path / "err").read_text().splitlines()
+        assert [line.partition(" id=")[2] for line in lines] == [call.line().removeprefix("id=")] * 2
 
 
 class TestJournal:

@@ -78,7 +78,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("text", ["nonsense", "slow=", "slow=x", "refuse_sleep*", "a b c"])
     def test_wrong_ones_are_named(self, text):
-        with pytest.raises(ValueError, match=r"no fault .* there are die_after_tokens"):
+        with pytest.raises(ValueError, match=r"no fault .* there are cut_body"):
             parse(text)
 
 
