@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.conftest import cache_folder, models, vllm
+from tests.real.conftest import cache_folder, models, pytest_runtest_makereport, vllm
 
-__all__ = ["models", "vllm"]
+__all__ = ["models", "pytest_runtest_makereport", "vllm"]
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ A missing vLLM fails the tests: nothing here may pass by not having run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -22,6 +23,15 @@ def cache_folder() -> Path:
     """What the set-up scripts have made."""
     given = os.environ.get("LLMUX_TEST_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmux-tests"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    """Show with a failure what the daemons said while the test ran."""
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()
+    if report.failed:
+        report.sections += [(f"log {one.log}", said) for one in Stack.made if (said := one.said_since(call.start))]
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import openai
 import psutil
@@ -53,6 +53,8 @@ GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 """Options of a request: the same answer every time, exactly as long as was asked for."""
 
 T = TypeVar("T")
+
+_SHOWN_LINES = 60
 
 
 def until(look: Callable[[], T], seconds: float, what: str) -> T:
@@ -122,6 +124,9 @@ def metric(text: str, name: str, **labels: str) -> float:
 class Stack:
     """`llmuxd --config FILE` with its files in `folder`. Ended, whatever happens, by `kill`."""
 
+    made: ClassVar[list[Stack]] = []
+    """All that there were in this run, for a report of what they did."""
+
     def __init__(
         self,
         folder: Path,
@@ -145,6 +150,7 @@ class Stack:
         self._daemon: subprocess.Popen[bytes] | None = None
         self.at_opening: dict[str, Any] = {}
         """The status when the port answered for the first time."""
+        self.made.append(self)
 
     def _toml(self, vllm: Path, models: Mapping[str, Path], warmup: bool) -> str:
         lines = [
@@ -241,6 +247,12 @@ class Stack:
         if self._daemon is not None:
             self._daemon.wait(STOP_SECS)
         until(lambda: not self.processes(), STOP_SECS, "every process of the stack is gone")
+
+    def said_since(self, when: float) -> str:
+        """The last lines of the daemon's log, if there are new ones since that time, in seconds since the epoch."""
+        if not self.log.exists() or self.log.stat().st_mtime < when:
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:])
 
     # Its clients
 
