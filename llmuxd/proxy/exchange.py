@@ -103,9 +103,7 @@ class Exchange:
         return self._relay is not None and self._relay.client_sent(data)
 
     def client_left(self) -> None:
-        if self._relay is not None:
-            self._relay.client_left()
-        self._finish(CLIENT_LEFT)
+        self._finish(CLIENT_LEFT if self._relay is None else self._relay.client_left())
 
     def client_paused(self, paused: bool) -> None:
         if self._relay is not None:

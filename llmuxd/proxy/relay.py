@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from llmuxd.core.commands import Refusal
 from llmuxd.gate import Grant, Refused
-from llmuxd.proxy.access import Call
+from llmuxd.proxy.access import CLIENT_LEFT, Call
 from llmuxd.proxy.events import comment, error_event, is_event_stream, retold
 from llmuxd.proxy.framing import LAST_CHUNK, Chunked, Framing, UntilClose, chunk
 from llmuxd.proxy.headers import relayed_head, stream_head
@@ -38,7 +38,9 @@ _ERROR_BYTES = 64 * 1024
 
 _HELD_BYTES = 64 * 1024
 """A chunk of a stream that is larger is passed on in parts."""
-_TAIL_BYTES = 8
+_LAST_EVENT = b"data: [DONE]"
+_TAIL_BYTES = len(_LAST_EVENT) + len(b"\r\n\r\n" + b"\r\n")
+"""Enough of what was sent last to see whether it ends with an event, in a chunk, and with the last one."""
 
 
 @dataclass(slots=True)
@@ -239,11 +241,20 @@ class Relay:
                 self._client.pause_reading(True)
         return True
 
-    def client_left(self) -> None:
-        """The client went away."""
-        if not self._over:
-            self._end()
-            self._ticket.left()
+    def client_left(self) -> int:
+        """The client went away. With what status the request ended by that.
+
+        OpenAI's client goes when it has read the last event, and does not wait for the end of the answer.
+        """
+        if self._over:
+            return CLIENT_LEFT
+        complete = self._events and _LAST_EVENT in self._tail and not self._client.unread
+        self._end()
+        if complete and self._head is not None:
+            self._ticket.finish(True)
+            return self._head.status
+        self._ticket.left()
+        return CLIENT_LEFT
 
     def client_paused(self, paused: bool) -> None:
         """The client does not read, or reads again."""

@@ -30,6 +30,7 @@ from tests.integration.proxy_stack import (
     until,
 )
 
+DONE = b"data: [DONE]\n\n"
 OK = plain(b'{"ok": true}', "Content-Type: application/json")
 
 
@@ -94,6 +95,50 @@ def test_a_client_that_leaves_a_silent_stream(tmp_path: Path, leave: Callable[[C
             await until(stack.idle, "it has left")
             assert stack.ended == [e.ClientLeft(1)]
             await until(lambda: stack.counted() == 1, "it is counted")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("leave", [close, half_close])
+def test_a_client_that_leaves_after_the_last_event(tmp_path: Path, leave: Callable[[Client], None]) -> None:
+    """As OpenAI's does, which does not wait for the end of the answer: it has got all of it."""
+
+    async def run() -> None:
+        async with serving(tmp_path) as stack:
+            client, asked = await stack.in_mid_stream()
+            await asked.chunk(DONE)
+            assert await client.chunk() == DONE
+            leave(client)
+            await asked.gone()
+            await until(stack.idle, "it has left")
+            assert stack.ended == [e.RequestFinished(1, True)]
+            await until(lambda: stack.count("a", 200) == stack.counted() == 1, "it is counted")
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_with_the_last_event_unread(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with serving(tmp_path) as stack:
+            assert stack.site is not None
+            client, asked = await stack.in_mid_stream()
+            (connection,) = stack.site._proxy.connections
+            client.writer.transport.pause_reading()
+            call = connection._exchange._call
+
+            async def send(event: bytes) -> None:
+                before = call.bytes_out
+                await asked.chunk(event)
+                await until(lambda: call.bytes_out > before, "the proxy has passed it on")
+
+            while not connection.unread:
+                await send(b": " + bytes(8192) + b"\n\n")
+            await send(DONE)
+            half_close(client)
+            await asked.gone()
+            await until(stack.idle, "it has left")
+            assert stack.ended == [e.ClientLeft(1)]
+            await until(lambda: stack.count("a", 499) == 1, "it is counted")
 
     asyncio.run(run())
 
