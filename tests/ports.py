@@ -7,7 +7,11 @@ import os
 import socket
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_PORTS = itertools.cycle(range(12_000 + 4_000 * (_WORKER % 5), 16_000 + 4_000 * (_WORKER % 5)))
+_COUNT = 4_000
+_FIRST = 12_000 + _COUNT * (_WORKER % 5)
+# Two runs at once would take the same ones between asking for them and using them, if both began with the first.
+_BEGIN = os.getpid() * 61 % _COUNT
+_PORTS = (_FIRST + (_BEGIN + number) % _COUNT for number in itertools.count())
 
 
 def free_port() -> int:

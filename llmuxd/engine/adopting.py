@@ -1,7 +1,9 @@
 """What an engine that an earlier daemon started is now: awake, asleep, or starting. Its own word counts.
 
 The record says what it was, or was about to be, when the earlier daemon last wrote. A daemon that was killed may have
-sent the call or not, and vLLM carries out what it was sent, so that an engine that was in between is waited for.
+sent the call or not, and vLLM carries out what it was sent, so that an engine that was in between is waited for. One
+that does not fall asleep is told to, perhaps for a second time: vLLM does the one after the other, and nothing if it
+sleeps already.
 """
 
 from __future__ import annotations
@@ -13,16 +15,20 @@ from llmuxd.core.events import FailureKind
 from llmuxd.core.eviction import EvictionPolicy, ProcessStrategy, WeightStrategy
 from llmuxd.engine.api import Health, VllmApi
 from llmuxd.engine.errors import EngineError
+from llmuxd.engine.run import EngineInfo
+from llmuxd.engine.sleeping import sleep_weights
 
 HEALTH_SECS = 5.0
+BEGIN_SECS = 1.0
+"""One that was told to sleep, and is not too busy to say so, says by then that it does."""
 SETTLE_SECS = 30.0
-"""How long an engine that was falling asleep or waking may take to come to it."""
+"""How long an engine that was waking may take to come to it."""
 BUSY_SECS = 90.0
 """How long it may be silent meanwhile: a first sleep copies for longer than any question is waited for."""
 _POLL_SECS = 0.1
 
 
-async def state_of(api: VllmApi, was: S, asleep_by: EvictionPolicy | None, *, can_park: bool, can_sleep: bool) -> S:
+async def state_of(api: VllmApi, info: EngineInfo, was: S, asleep_by: EvictionPolicy | None) -> S:
     """AWAKE, ASLEEP (by `asleep_by`), or STARTING.
 
     Raises EngineError if it does not answer, or cannot be trusted in what it is: it is to be stopped then.
@@ -34,19 +40,20 @@ async def state_of(api: VllmApi, was: S, asleep_by: EvictionPolicy | None, *, ca
         raise EngineError(FailureKind.DIED, f"/health: {health.value}")
     if was is S.STOPPING:
         raise EngineError(FailureKind.DIED, "it was being stopped")
-    if not can_sleep:
+    if not info.can_sleep:
         return S.AWAKE
     if asleep_by is not None and asleep_by.process is ProcessStrategy.CHECKPOINT:
         raise EngineError(FailureKind.DIED, "it was being saved to an image, or restored")
-    if asleep_by is not None and asleep_by.weights is WeightStrategy.RETAIN and not can_park:
+    if asleep_by is not None and asleep_by.weights is WeightStrategy.RETAIN and not info.can_park:
         # An old vLLM has no level 0: it sleeps by our word alone.
         return S.ASLEEP if was in (S.ASLEEP, S.FALLING_ASLEEP) else S.AWAKE
     wanted = was in (S.ASLEEP, S.FALLING_ASLEEP)
-    sleeping = await _settled(api, wanted, SETTLE_SECS if was in (S.FALLING_ASLEEP, S.WAKING) else 0.0)
+    sleeping = await _settled(api, wanted, {S.FALLING_ASLEEP: BEGIN_SECS, S.WAKING: SETTLE_SECS}.get(was, 0.0))
+    if not sleeping and was is S.FALLING_ASLEEP and asleep_by is not None:
+        # Nobody is left who waits for what it may have in flight, and which a sleep that it was told of may wait for.
+        await sleep_weights(api, info, asleep_by.weights, "abort")
+        return S.ASLEEP
     if not sleeping:
-        if was is S.FALLING_ASLEEP:
-            # Where it waits for a request of its own accord, it may fall asleep at any time yet.
-            raise EngineError(FailureKind.TIMEOUT, "it was falling asleep, and does not")
         return S.AWAKE
     if asleep_by is None:
         raise EngineError(FailureKind.LIED, "it sleeps, and nobody knows by which level")

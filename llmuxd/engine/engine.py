@@ -295,7 +295,7 @@ class Engine(Lifecycle):
             suspended = await self._find_suspended(run, was)
             if suspended is not None:
                 return suspended
-        looking = state_of(api_of(run), was, asleep_by, can_park=info.can_park, can_sleep=info.can_sleep)
+        looking = state_of(api_of(run), info, was, asleep_by)
         state = await self._until_over(run, looking, ADOPT_SECS, "a look at it")
         assert run.watch is not None
         if state is EngineState.STARTING:

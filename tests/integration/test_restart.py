@@ -118,6 +118,20 @@ class TestKilled:
         assert states(stack) == {"a": "asleep", "b": "asleep"}
         assert identities(stack) == before
 
+    def test_one_that_was_to_fall_asleep_and_was_not_told_is_told(self, daemon):
+        stack = a_awake_b_asleep(daemon)
+        before = identities(stack)
+        stack.kill()
+        # As it is where the kill comes between the note and the call.
+        file = stack.home / "state" / "engines.json"
+        data = json.loads(file.read_text())
+        data["engines"]["a"].update(state="falling_asleep", asleep_by="discard+keep_running")
+        file.write_text(json.dumps(data))
+        stack.start()
+        assert states(stack) == {"a": "asleep", "b": "asleep"}
+        assert stack.ask("a").status == 200
+        assert identities(stack) == before
+
     def test_with_paused_requests_it_sleeps_on_without_them(self, daemon):
         stack = daemon("b", policy={"in_flight": "park", "policy_type": "fifo"}, a=SLOW_TOKENS).start()
         assert stack.ask("b").status == 200

@@ -14,6 +14,7 @@ from llmuxd.core.eviction import EvictionPolicy
 from llmuxd.engine import EngineError, adopting
 from llmuxd.engine.api import Health
 from llmuxd.engine.cgroup import Cgroup, delegated, engines_in, group_of
+from llmuxd.engine.run import EngineInfo
 
 OFFLOAD, DISCARD, RETAIN = (
     EvictionPolicy.parse(f"{weights}+keep_running") for weights in ("offload", "discard", "retain")
@@ -21,11 +22,14 @@ OFFLOAD, DISCARD, RETAIN = (
 
 
 class Api:
-    """An engine's answers; the last one is given again and again."""
+    """An engine's answers; the last one is given again and again, until it is told to sleep."""
 
-    def __init__(self, *sleeping: bool | EngineError, health: Health = Health.OK) -> None:
+    def __init__(self, *sleeping: bool | EngineError, health: Health = Health.OK, obeys: bool = True) -> None:
         self._sleeping = list(sleeping)
         self._health = health
+        self._obeys = obeys
+        self.told: list[tuple[int, str | None]] = []
+        """With what level and mode it was told to sleep."""
 
     async def health(self, _timeout: float) -> Health:
         return self._health
@@ -36,16 +40,27 @@ class Api:
             raise answer
         return answer
 
+    async def sleep(self, level: int, mode: str | None) -> None:
+        self.told.append((level, mode))
+        if self._obeys:
+            self._sleeping = [True]
+
+    async def verify_sleeping(self, expected: bool) -> None:
+        if await self.is_sleeping() is not expected:
+            raise EngineError(FailureKind.LIED, "the engine is awake")
+
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adopting, "BEGIN_SECS", 0.02)
     monkeypatch.setattr(adopting, "SETTLE_SECS", 0.02)
     monkeypatch.setattr(adopting, "BUSY_SECS", 0.02)
     monkeypatch.setattr(adopting, "_POLL_SECS", 0.001)
 
 
 def found(api: Any, was: S, by: EvictionPolicy | None = None, *, can_park: bool = True, can_sleep: bool = True) -> S:
-    return asyncio.run(adopting.state_of(api, was, by, can_park=can_park, can_sleep=can_sleep))
+    info = EngineInfo(1, 0.0, "0.32.0", can_park, can_sleep)
+    return asyncio.run(adopting.state_of(api, info, was, by))
 
 
 @pytest.mark.parametrize(
@@ -62,14 +77,34 @@ def found(api: Any, was: S, by: EvictionPolicy | None = None, *, can_park: bool 
     ],
 )
 def test_it_is_what_it_says_once_it_has_settled(was, by, sleeping, now):
-    assert found(Api(*sleeping), was, by) is now
+    api = Api(*sleeping)
+    assert found(api, was, by) is now
+    assert api.told == []
+
+
+@pytest.mark.parametrize(("by", "level"), [(RETAIN, 0), (OFFLOAD, 1), (DISCARD, 2)])
+def test_one_that_does_not_fall_asleep_is_told_to(by, level):
+    """Whoever meant to tell it was killed before; what it has in flight is nobody's."""
+    api = Api(False)
+    assert found(api, S.FALLING_ASLEEP, by) is S.ASLEEP
+    assert api.told == [(level, "abort")]
+
+
+def test_an_old_one_knows_no_modes():
+    api = Api(False)
+    assert found(api, S.FALLING_ASLEEP, OFFLOAD, can_park=False) is S.ASLEEP
+    assert api.told == [(1, None)]
+
+
+def test_one_that_does_not_sleep_though_it_was_told_is_not_used():
+    with pytest.raises(EngineError, match="the engine is awake"):
+        found(Api(False, obeys=False), S.FALLING_ASLEEP, OFFLOAD)
 
 
 @pytest.mark.parametrize(
     ("was", "by", "sleeping", "why"),
     [
         (S.AWAKE, None, [True], "nobody knows by which level"),
-        (S.FALLING_ASLEEP, OFFLOAD, [False], "it was falling asleep, and does not"),
         (S.WAKING, DISCARD, [True], "in the middle of getting its weights back"),
         (S.STOPPING, None, [False], "it was being stopped"),
     ],
