@@ -133,7 +133,7 @@ def test_a_disk_without_room_stops_the_engine_where_another_one_needs_its_place(
             failed = made.ctl("checkpoint", OTHER, "--no-warmup", check=False)
             assert failed.returncode == 1
             assert "checkpoint.images_dir" in failed.stdout + failed.stderr
-            until(lambda: made.state(OTHER) == "awake", 10, "it goes on")
+            until(lambda: made.state(OTHER) == "awake", 60, "it goes on")
             assert made.say(OTHER)[0] == said[OTHER]
             assert made.starts(OTHER) == 1
     finally:

@@ -16,11 +16,14 @@ TIMEOUT_SECS = 60
 TOKENS = 20
 """At 50 a second: four tenths of a second for an answer."""
 
+LEAST = 4
+"""So many answers each client gets, at least."""
+
 outcomes = []
 
 
 def ask(model, stream):
-    """One request on a connection of its own."""
+    """One request on a connection of its own; what became of it."""
     began = time.time()
     connection = http.client.HTTPConnection("127.0.0.1", 3000, timeout=TIMEOUT_SECS)
     body = json.dumps({"model": model, "prompt": "x", "max_tokens": TOKENS, "stream": stream})
@@ -43,12 +46,13 @@ def ask(model, stream):
     outcomes.append(
         {"kind": kind, "model": model, "began": began, "ended": time.time(), "outcome": outcome, "detail": detail}
     )
+    return outcome
 
 
 def go_on(models, stream):
-    number = 0
-    while not os.path.exists(STOP_FILE):
-        ask(models[number % len(models)], stream)
+    number = answers = 0
+    while answers < LEAST or not os.path.exists(STOP_FILE):
+        answers += ask(models[number % len(models)], stream) == "ok"
         number += 1
 
 

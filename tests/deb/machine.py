@@ -21,6 +21,8 @@ from typing import Any
 
 CRIU = "/opt/criu"
 BOOT_SECS = 60
+PATIENCE_SECS = 60
+"""For what takes a second or two where nothing else is done."""
 HALT_SECS = 30
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -111,7 +113,7 @@ class Machine:
     def main_pid(self, unit: str = "llmuxd.service") -> int:
         return int(self.show(unit, "MainPID"))
 
-    def wait(self, condition: Any, secs: float = 10, what: str = "") -> Any:
+    def wait(self, condition: Any, secs: float = PATIENCE_SECS, what: str = "") -> Any:
         """Ask `condition()` until it gives something true; returns that."""
         end = time.monotonic() + secs
         while True:
@@ -122,7 +124,7 @@ class Machine:
                 raise Failed(f"[{self.release}] not within {secs} s: {what or condition}\n{self.journal(50)}")
             time.sleep(0.05)
 
-    def wait_for_state(self, unit: str, state: str, secs: float = 10) -> None:
+    def wait_for_state(self, unit: str, state: str, secs: float = PATIENCE_SECS) -> None:
         self.wait(lambda: self.state(unit) == state, secs, f"{unit} is {self.state(unit)}, wanted {state}")
 
     def processes(self, user: str = "llmux") -> dict[int, str]:

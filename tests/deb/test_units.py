@@ -68,11 +68,11 @@ def assert_all_gone(machine: Machine) -> None:
     """As it is soon after `systemctl stop llmuxd`, which itself waits for the daemon alone."""
     for unit in KEPT:
         machine.wait_for_state(unit, "inactive")
-    machine.wait(lambda: not machine.processes(), 5, "processes of llmux are left")
+    machine.wait(lambda: not machine.processes(), what="processes of llmux are left")
     assert machine.run(ASK, check=False).returncode != 0, "the port is still open"
     if machine.unified:
         find = "find /sys/fs/cgroup -name '*llmux*' -type d"
-        machine.wait(lambda: not machine.out(find), 5, f"a cgroup is left: {machine.out(find)}")
+        machine.wait(lambda: not machine.out(find), what=f"a cgroup is left: {machine.out(find)}")
 
 
 @pytest.mark.parametrize("verb", ["restart", "try-restart", "reload-or-restart", "reload"])
@@ -97,7 +97,7 @@ def test_a_reload_of_systemd_itself_changes_nothing(serving: Machine, verb: str)
 def test_a_daemon_that_dies_or_hands_over_is_started_again_and_keeps_its_engines(serving: Machine, signal: str) -> None:
     before, daemon = engine(serving), serving.main_pid()
     serving.run(f"kill -{signal} {daemon}")
-    serving.wait(lambda: serving.main_pid() not in (0, daemon), 10, "no new daemon")
+    serving.wait(lambda: serving.main_pid() not in (0, daemon), what="no new daemon")
     serving.wait_for_state("llmuxd.service", "active")
     assert_kept(serving, before)
 
@@ -114,7 +114,7 @@ def test_crashes_without_end_do_not_make_systemd_give_up(serving: Machine) -> No
     for _ in range(12):
         daemon = serving.main_pid()
         serving.run(f"kill -KILL {daemon}")
-        serving.wait(lambda: serving.main_pid() not in (0, daemon), 10, "no new daemon")  # noqa: B023
+        serving.wait(lambda: serving.main_pid() not in (0, daemon), what="no new daemon")  # noqa: B023
     assert_kept(serving, before)
 
 
@@ -160,7 +160,7 @@ def test_clients_do_not_keep_a_bad_config_starting_for_ever(serving: Machine) ->
     assert asking.returncode != 0
     assert engine(serving) == before
     assert int(serving.out("journalctl -b -u llmuxd | grep -c 'a bad config'")) < 40
-    assert serving.state("llmuxd.socket") == "failed"
+    serving.wait_for_state("llmuxd.socket", "failed")
     serving.run(["rm", "/etc/llmux/bad"])
     serving.run("systemctl reset-failed llmuxd.service && systemctl start llmuxd")
     assert_kept(serving, before)
@@ -183,12 +183,12 @@ def test_a_restart_of_the_port_keeps_the_engines(serving: Machine) -> None:
 
 def test_the_watchdog_restarts_a_daemon_that_hangs(serving: Machine) -> None:
     serving.run("mkdir -p /run/systemd/system/llmuxd.service.d")
-    serving.run("printf '[Service]\\nWatchdogSec=2\\n' > /run/systemd/system/llmuxd.service.d/watchdog.conf")
+    serving.run("printf '[Service]\\nWatchdogSec=5\\n' > /run/systemd/system/llmuxd.service.d/watchdog.conf")
     try:
         serving.run("systemctl daemon-reload && systemctl restart llmuxd")
         before, daemon = engine(serving), serving.main_pid()
         serving.run(f"kill -STOP {daemon}")
-        serving.wait(lambda: serving.main_pid() not in (0, daemon), 20, "no new daemon")
+        serving.wait(lambda: serving.main_pid() not in (0, daemon), what="no new daemon")
         serving.wait_for_state("llmuxd.service", "active")
         assert_kept(serving, before)
     finally:

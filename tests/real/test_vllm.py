@@ -14,7 +14,7 @@ import pytest
 
 from tests.real.stack import GREEDY, Stack, complete, until
 
-STREAM_TOKENS = 100
+STREAM_TOKENS = 300
 
 # vLLM's paths that clients may use; every other one is the operator's.
 FOR_CLIENTS = ("/v1/", "/v2/", "/inference/v1/")
@@ -75,8 +75,7 @@ def test_a_stream_is_read_to_its_end_across_a_switch(warm: Stack, client: openai
         for number, chunk in enumerate(stream):
             if number == 10:
                 other = pool.submit(complete, client, "tiny-a")
-                until(lambda: (warm.status()["switch"] or {}).get("phase") == "drain", 5, "the switch drains")
-                status = warm.status()
+                status = until(lambda: draining(warm), 30, "the switch drains")
                 assert status["models"]["big"]["in_flight"] == 1
                 assert status["models"]["tiny-a"]["queued"] == 1
             if chunk.choices:
@@ -91,6 +90,12 @@ def test_a_stream_is_read_to_its_end_across_a_switch(warm: Stack, client: openai
         assert "".join(pieces) == expected
         assert other.result()
     assert warm.status()["active"] == ["tiny-a"]
+
+
+def draining(stack: Stack) -> dict[str, Any] | None:
+    """The status, if a switch waits for what is in flight."""
+    status = stack.status()
+    return status if (status["switch"] or {}).get("phase") == "drain" else None
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ class TestResponses:
         assert client.responses.retrieve(final.id).output_text == final.output_text
 
     def test_one_in_the_background_is_cancelled(self, client: openai.OpenAI, warm: Stack) -> None:
-        made = client.responses.create(model="big", input="Once", max_output_tokens=1900, background=True)
+        made = client.responses.create(
+            model="big", input="Once", max_output_tokens=1900, background=True, extra_body={"ignore_eos": True}
+        )
         assert made.status == "queued"
         assert client.responses.cancel(made.id).status == "cancelled"
         assert client.responses.retrieve(made.id).status == "cancelled"

@@ -11,7 +11,8 @@ import pytest
 
 from tests.real.stack import GREEDY, Stack, complete, stack, until
 
-TOKENS = 60
+TOKENS = 150
+"""They last long enough for what a test does meanwhile, and not longer than a shutdown may take."""
 
 
 def stream(client: openai.OpenAI, model: str, tokens: int) -> Any:
@@ -28,7 +29,7 @@ def test_the_client_of_a_stream_leaves_and_its_generation_is_aborted(warm: Stack
 
     answer.close()
 
-    until(lambda: engine.metric("vllm:num_requests_running") == 0, 5, "vLLM has aborted the request")
+    until(lambda: engine.metric("vllm:num_requests_running") == 0, 30, "vLLM has aborted the request")
     made = engine.metric("vllm:generation_tokens_total")
     assert warm.status()["models"]["big"]["in_flight"] == 0
     assert complete(client, "big")
@@ -46,7 +47,7 @@ def test_an_engine_killed_in_mid_request_is_replaced(warm: Stack, client: openai
     with ThreadPoolExecutor(1) as pool:
         # Nothing of its answer has been sent when the engine dies: it is asked again, unseen.
         unanswered = pool.submit(complete, client, "big", tokens=TOKENS)
-        until(lambda: engine.metric("vllm:num_requests_running") == 2, 5, "both requests are being answered")
+        until(lambda: engine.metric("vllm:num_requests_running") == 2, 30, "both requests are being answered")
 
         tree.named(victim).kill()
 
@@ -68,7 +69,7 @@ def test_shutdown_finishes_what_is_in_flight_and_leaves_nothing(warm: Stack, cli
 
     warm.terminate()
 
-    until(lambda: warm.status()["state"] == "stopping", 5, "the daemon is stopping")
+    until(lambda: warm.status()["state"] == "stopping", 30, "the daemon is stopping")
     with pytest.raises(openai.InternalServerError) as refused:
         complete(client, "big")
     assert refused.value.status_code == 503

@@ -31,6 +31,8 @@ CONTROL_SECS = 60.0
 
 REQUEST_TIMEOUT_SECS = 20.0
 MAX_BODY_BYTES = 9 * 2**20
+SLOWEST_SECS = 10
+"""For a head and for a body. A client that means to send it, on a machine that stands still now and then, is faster."""
 ENGINE = "llmuxd.sim.vllm"
 CREDENTIALS = "llmux_sim_credentials_total"
 
@@ -88,8 +90,8 @@ class Stand:
             "metrics_port": self.metrics_port,
             "vllm_command": [sys.executable, "-m", ENGINE],
             "max_body_bytes": MAX_BODY_BYTES,
-            "head_timeout_secs": 3,
-            "body_timeout_secs": 3,
+            "head_timeout_secs": SLOWEST_SECS,
+            "body_timeout_secs": SLOWEST_SECS,
             "heartbeat_secs": 1,
             "start_timeout_secs": 20,
             "sleep_timeout_secs": 10,

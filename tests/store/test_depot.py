@@ -149,7 +149,7 @@ def test_what_is_fetched_is_given_up_in_time_and_gone_on_with(store, tmp_path, m
     folder = tmp_path / "there"
 
     async def fetch() -> None:
-        await depot.fetch("qwen", folder, None, 1.0, told.append)
+        await depot.fetch("qwen", folder, None, 5.0, told.append)
         assert "it takes too long; there is no local image" in told[-1]
         assert not [path for path in folder.iterdir() if path.suffix != ".partial"]
         let.set()

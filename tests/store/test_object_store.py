@@ -68,8 +68,8 @@ def test_without_zstandard_pieces_go_as_they_are(store, s3, tmp_path, monkeypatc
 
 
 def killed_after(s3: ObjectStoreConfig, action: str, folder: Path, pieces: int) -> list[str]:
-    """The pieces that a worker had done when it was killed."""
-    argv = [sys.executable, "-m", "tests.store.worker", action, s3.endpoint, str(folder), "0.2"]
+    """The pieces that a worker had done when it was killed, and went no further."""
+    argv = [sys.executable, "-m", "tests.store.worker", action, s3.endpoint, str(folder), str(pieces)]
     done: list[str] = []
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None

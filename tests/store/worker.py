@@ -1,10 +1,10 @@
-"""Sends or fetches an image, so that a test can kill it: ACTION ENDPOINT FOLDER [SLOW-SECS-PER-PIECE]."""
+"""Sends or fetches so many pieces of an image, and waits for a test to kill it: ACTION ENDPOINT FOLDER PIECES."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
-import time
 from pathlib import Path
 
 from llmuxd.config import ObjectStoreConfig
@@ -14,18 +14,20 @@ from tests.store.conftest import ACCESS, BUCKET, SECRET
 
 
 def main() -> None:
-    action, endpoint, folder, slow = sys.argv[1], sys.argv[2], Path(sys.argv[3]), float(sys.argv[4])
+    action, endpoint, folder, pieces = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
     store = ObjectStore(ObjectStoreConfig(endpoint, BUCKET, ACCESS, SECRET))
     name = "_put" if action == "upload" else "_get"
     right = getattr(store, name)
+    numbers = itertools.count(1)
 
-    def slowly(key, *content, **options):
+    def so_many(key, *content, **options):
         done = right(key, *content, **options)
         print(key, flush=True)
-        time.sleep(slow)
+        if "/pieces/" in key and next(numbers) == pieces:
+            threading.Event().wait()
         return done
 
-    setattr(store, name, slowly)
+    setattr(store, name, so_many)
     object_store.THREADS = 1
     if action == "upload":
         store.upload(folder, "qwen", print, threading.Event())
