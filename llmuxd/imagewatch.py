@@ -52,6 +52,8 @@ class ImageWatch:
         self._tasks: set[asyncio.Task[None]] = set()
         self._unknown: set[str] = set()
         """Models without an image here, of which the store could not be asked."""
+        self._unreadable: set[str] = set()
+        """Models whose images could not be looked for: it is told once."""
 
     def start(self) -> None:
         """Begin, in the running event loop."""
@@ -113,10 +115,14 @@ class ImageWatch:
         """The model's newest local image. One that cannot be looked for is as good as none."""
         engine = self._engines.get(name)
         try:
-            return None if engine is None else await engine.image()
+            image = None if engine is None else await engine.image()
         except OSError as error:
-            log.warning("%s: its images cannot be looked for: %s", name, error)
+            if name not in self._unreadable:
+                log.warning("%s: its images cannot be looked for: %s", name, error)
+            self._unreadable.add(name)
             return None
+        self._unreadable.discard(name)
+        return image
 
     async def _look(self, names: list[str]) -> None:
         await self.find(names)
@@ -159,10 +165,12 @@ class ImageWatch:
             return
         # A disk that does not answer holds up nothing but this.
         if known is None or await asyncio.wrap_future(in_thread(is_there, known)):
+            self._unreadable.discard(name)
             return
         if model.state is not EngineState.CHECKPOINTED or self._local(name) is not known:
             return
-        log.warning("%s: its image %s is not there any more", name, known.folder)
+        if name not in self._unreadable:
+            log.warning("%s: its image %s is not there any more", name, known.folder)
         image = await self._here(name)
         if image is not None:
             self._found(name, image)

@@ -127,10 +127,14 @@ def test_what_a_store_says_that_cannot_be_asked_is_not_that_there_is_no_image(
 
 
 def test_a_disk_that_cannot_be_read_has_no_images_and_breaks_nothing(
-    saving: Saving, monkeypatch: pytest.MonkeyPatch
+    saving: Saving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     switcher = build_switcher(CONFIG, 0.0, None)
     posted: list[ImageFound | ImageLost] = []
+
+    def post(event: ImageFound | ImageLost) -> None:
+        posted.append(event)
+        switcher.handle(event, 1.0)
 
     def stale(*_: object) -> bool:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -140,14 +144,26 @@ def test_a_disk_that_cannot_be_read_has_no_images_and_breaks_nothing(
         await saving.save()
         image = saving.images.newest()
         assert image is not None
-        watch = ImageWatch(
-            switcher.state, {"m": saving.engine}, Depot(CONFIG.checkpoint), posted.append, lambda *_: None
-        )
+        watch = ImageWatch(switcher.state, {"m": saving.engine}, Depot(CONFIG.checkpoint), post, lambda *_: None)
         with monkeypatch.context() as broken:
             broken.setattr(Path, "exists", stale)
             assert not is_there(image)
             await watch.find(["m"])
         assert posted == []
+        await watch.find(["m"])
+        assert len(posted) == 1
+        for _ in range(2):  # It breaks, is mended, and breaks again.
+            caplog.clear()
+            with monkeypatch.context() as broken:
+                broken.setattr(Path, "exists", stale)
+                for _ in range(3):
+                    await watch._check("m")
+            told = [record.message.split(": ")[1] for record in caplog.records]
+            assert told == [f"its image {image.folder} is not there any more", "its images cannot be looked for"], (
+                "once"
+            )
+            await watch._check("m")
+        assert len(posted) == 1, "nothing is lost"
 
     saving.run(test)
 
