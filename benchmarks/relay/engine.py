@@ -238,9 +238,14 @@ async def serve(name: str, uds: Path, port: int) -> None:
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     engine = Engine(name, loop)
-    await loop.create_unix_server(lambda: Connection(engine), str(uds), backlog=BACKLOG)
-    await loop.create_server(lambda: Connection(engine), "127.0.0.1", port, backlog=BACKLOG)
+    # A server that nobody refers to is closed by uvloop.
+    servers = (
+        await loop.create_unix_server(lambda: Connection(engine), str(uds), backlog=BACKLOG),
+        await loop.create_server(lambda: Connection(engine), "127.0.0.1", port, backlog=BACKLOG),
+    )
     await stop.wait()
+    for server in servers:
+        server.close()
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from benchmarks.relay.engine import ANSWER_BYTES, EVENT_BYTES, PACE, Connection,
 from benchmarks.relay.measure import BUSY, CONNECTIONS, IDLE, STALLING, STREAMS, Cores, Figures, quantile
 from llmuxd.engine.api import Health, VllmApi
 from llmuxd.engine.spec import Endpoint
+from llmuxd.tasks import poll
 
 DEADLINE_SECS = 10.0
 
@@ -50,6 +51,46 @@ async def raw(port: int, request: bytes, end: bytes) -> bytes:
 async def until(condition):
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.005)
+
+
+SERVE = """
+import gc
+import sys
+from pathlib import Path
+from benchmarks.relay.engine import serve
+try:
+    from uvloop import run
+except ImportError:  # With the oldest versions that are supported it is not there.
+    from asyncio import run
+# What nobody refers to is gone at once, not some time.
+gc.set_threshold(1)
+run(serve("bench", Path(sys.argv[1]), int(sys.argv[2])))
+"""
+
+
+def test_the_engine_stays_on_its_socket_and_its_port_until_it_is_ended(tmp_path):
+    uds, port = tmp_path / "bench.sock", free_port()
+
+    async def health(endpoint: Endpoint) -> Health:
+        async with VllmApi(endpoint, "bench") as api:
+            return await api.health(DEADLINE_SECS)
+
+    async def both() -> None:
+        async def serves() -> bool:
+            return await health(Endpoint(port=port)) is not Health.REFUSED
+
+        await poll(serves, 0.005)
+        for _ in range(2):
+            assert await health(Endpoint(uds=uds)) is Health.OK
+            assert await health(Endpoint(port=port)) is Health.OK
+
+    with subprocess.Popen([sys.executable, "-c", SERVE, str(uds), str(port)]) as process:
+        try:
+            run(both())
+            process.terminate()
+            assert process.wait(DEADLINE_SECS) == 0
+        finally:
+            process.kill()
 
 
 def test_the_answers_have_the_size_that_they_are_to_have():
