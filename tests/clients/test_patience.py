@@ -27,9 +27,11 @@ def test_who_times_out_leaves_nothing_in_the_engine(broken: Stack):
 def test_a_timeout_in_a_stream(broken: Stack):
     broken.ask("cedar")
     broken.fault("cedar", "stall_stream=2")
-    # What a stalled stream raises is httpx's own.
-    with broken.openai(timeout=0.5) as client, pytest.raises(Exception, match=r"(?i)timed out|timeout"):
-        list(client.chat.completions.create(model="cedar", messages=HELLO, stream=True))
+    with broken.openai(timeout=3) as client:
+        stream = client.chat.completions.create(model="cedar", messages=HELLO, stream=True)
+        # What a stalled stream raises is httpx's own.
+        with pytest.raises(Exception, match=r"(?i)timed out|timeout"):
+            list(stream)
     until(lambda: broken.running("cedar") == 0, "it is gone")
 
 

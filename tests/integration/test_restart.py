@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -123,10 +123,7 @@ class TestKilled:
         before = identities(stack)
         stack.kill()
         # As it is where the kill comes between the note and the call.
-        file = stack.home / "state" / "engines.json"
-        data = json.loads(file.read_text())
-        data["engines"]["a"].update(state="falling_asleep", asleep_by="discard+keep_running")
-        file.write_text(json.dumps(data))
+        _note_of_a(stack, {"state": "falling_asleep", "asleep_by": "discard+keep_running"})
         stack.start()
         assert states(stack) == {"a": "asleep", "b": "asleep"}
         assert stack.ask("a").status == 200
@@ -208,11 +205,8 @@ class TestKilled:
         assert stack.ask("a").status == 200
         assert stack.ctl("sleep", "a").returncode == 0
         stack.kill()
-        file = stack.home / "state" / "engines.json"
-        data = json.loads(file.read_text())
-        data["engines"]["a"].update(state="starting", asleep_by=None)
-        data["engines"]["a"]["record"].update(can_park=False, can_sleep=False, version=None)
-        file.write_text(json.dumps(data))
+        unknown = {"can_park": False, "can_sleep": False, "version": None}
+        _note_of_a(stack, {"state": "starting", "asleep_by": None}, unknown)
         stack.start()
         assert states(stack) == {"a": "not_started"}
         assert stack.ask("a").status == 200
@@ -345,6 +339,15 @@ class TestHandOver:
         until(lambda: stack.status()["state"] == "handing over", "it hands over")
         assert stack.stop() == 0
         assert not any(_runs(process.pid) for process in processes)
+
+
+def _note_of_a(stack: Daemon, entry: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
+    """Have the state file say something else of a's engine."""
+    file = stack.home / "state" / "engines.json"
+    data = json.loads(file.read_text())
+    data["engines"]["a"].update(entry)
+    data["engines"]["a"]["record"].update(record or {})
+    file.write_text(json.dumps(data))
 
 
 def _runs(pid: int) -> bool:

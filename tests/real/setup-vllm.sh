@@ -71,6 +71,8 @@ make_models() {
 }
 
 mkdir -p "$cache"
+# Else torch makes a folder in /tmp.
+export TORCHINDUCTOR_CACHE_DIR="$cache/torchinductor"
 exec 9>"$cache/.lock"
 flock 9
 need_packages

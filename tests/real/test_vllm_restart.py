@@ -13,7 +13,7 @@ import pytest
 
 from tests.real.stack import GREEDY, Stack, complete, until
 
-COLD_START_SECS = 20.0
+COLD_START_SECS = 10.0
 """A tiny model takes 25 s and more to start: an answer that comes sooner came from an engine that was there."""
 
 
